@@ -1,0 +1,45 @@
+# Two commands are enough on a machine with python3 and make:  make demo   make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# One torch thread a process: on a small shared machine two often lose to one. Set it to suit yours.
+THREADS ?= 1
+export OMP_NUM_THREADS = $(THREADS)
+
+.PHONY: help install demo test sync notebooks pytest prepare lab clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(VENV)/installed   ## .venv with everything in settings.ini
+
+$(VENV)/installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev,track]"
+	touch $@
+
+demo: install    ## draw a world, train from nothing, print the table, write the report
+	$(BIN)/cala-demo $(ARGS)
+
+test: install sync notebooks pytest   ## everything CI runs
+
+sync: install    ## notebooks, package and README say the same
+	$(BIN)/python .ci/sync.py
+
+notebooks: install   ## every notebook from a fresh kernel; a run that matched nothing fails
+	$(BIN)/nbdev_test --n_workers 2 --timing > .venv/nbdev_test.log 2>&1 || { cat .venv/nbdev_test.log; exit 1; }
+	@cat .venv/nbdev_test.log
+	@grep -q "Success." .venv/nbdev_test.log || { echo "nbdev_test matched no notebook"; exit 1; }
+
+pytest: install  ## what notebooks should not hold: commands, parity, crashes, ranks
+	$(BIN)/python -m pytest
+
+prepare: install ## after editing a notebook: clean, export, render README
+	$(BIN)/python .ci/sync.py --write
+
+lab: install     ## read the notebooks
+	$(BIN)/jupyter lab nbs
+
+clean:           ## remove what the commands made
+	rm -rf $(VENV) runs demo _docs _proc
