@@ -1,0 +1,118 @@
+"The Q-Former of cala.qformer against LAVIS's own, at full size, with random weights and without network."
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("lavis", reason="salesforce-lavis is not installed (it needs Python below 3.12)")
+
+from lavis_helpers import VOCABULARY, lavis_model
+
+from cala.commands import CalaError
+from cala.qformer import QFormer, load_lavis_state
+
+CAPTIONS = ["make the star red and remove the circle", "two stars"]
+MODES = "image", "text", "multimodal"
+
+
+class Stub(nn.Module):
+    "Stands for the vision trunk: a picture (B, 3, 4, 4) becomes 17 tokens of 1024 numbers."
+    num_features = 1024
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(48, 17 * 1024)
+
+    def forward(self, images): return self.project(images.flatten(1)).unflatten(1, (17, 1024))
+
+
+@pytest.fixture(scope="module")
+def lavis(tmp_path_factory):
+    "LAVIS's Blip2Qformer at full size: 12 layers, 768, 32 queries; every tensor random, so that none can hide."
+    torch.manual_seed(0)
+    model = lavis_model(tmp_path_factory.mktemp("lavis"), Stub())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2: nn.init.normal_(parameter, mean=1. if "orm" in name and "weight" in name else 0., std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ours(lavis):
+    "Our Q-Former with LAVIS's weights, and what was dropped of them."
+    qformer = QFormer(vocabulary=len(VOCABULARY) + 1).eval()
+    qformer.dropped = load_lavis_state(qformer, lavis.state_dict())
+    return qformer
+
+
+@pytest.fixture
+def double(lavis, ours, monkeypatch):
+    "Both in float64; LAVIS casts to float32 in two places, which would end all digits after the seventh."
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(type(lavis.ln_vision), "forward", nn.LayerNorm.forward)
+    yield lavis.double(), ours.double()
+    monkeypatch.undo()
+    lavis.float(), ours.float()
+
+
+def features(lavis, ours, mode):
+    "(B, L, 768) of both; LAVIS's without its no_grad."
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(lavis.query_tokens.dtype)
+    tokens, words = lavis.visual_encoder(images), lavis.tokenizer(CAPTIONS, return_tensors="pt", padding=True)
+    theirs = type(lavis).extract_features.__wrapped__(lavis, {"image": images, "text_input": CAPTIONS}, mode=mode)
+    if mode == "image": return theirs.image_embeds, ours.image(tokens)
+    if mode == "text": return theirs.text_embeds, ours.text(words.input_ids, words.attention_mask)
+    return theirs.multimodal_embeds, ours.query(tokens, words.input_ids, words.attention_mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_embeddings_equal_those_of_lavis_in_float32(lavis, ours, mode):
+    with torch.no_grad(): theirs, own = features(lavis, ours, mode)
+    assert theirs.shape == own.shape and theirs.std() > 0.1
+    torch.testing.assert_close(own, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_embeddings_and_gradients_equal_those_of_lavis_in_float64(double, mode):
+    lavis, ours = double
+    theirs, own = features(lavis, ours, mode)
+    torch.testing.assert_close(own, theirs, atol=1e-10, rtol=0)
+    direction = torch.randn(own.shape, generator=torch.Generator().manual_seed(2), dtype=own.dtype)
+    for model, out in ((lavis, theirs), (ours, own)):
+        model.zero_grad(set_to_none=True)
+        (out * direction).sum().backward()
+    wanted, compared = dict(lavis.named_parameters()), 0
+    for name, parameter in ours.named_parameters():
+        grad = wanted[name].grad
+        if parameter.grad is None: assert grad is None or not grad.any(), name; continue  # LAVIS's zeros are our None
+        assert (parameter.grad - grad).abs().max() <= 1e-10 * max(1., grad.abs().max().item()), name
+        compared += bool(grad.any())
+    assert compared > 150
+    if mode == "text": assert wanted["Qformer.bert.embeddings.word_embeddings.weight"].grad[0].any()  # padding learns: no padding_idx
+    for model in double: model.zero_grad(set_to_none=True)
+
+
+def test_every_tensor_of_lavis_is_used_or_named_as_dropped(lavis, ours):
+    assert {*ours.state_dict(), *ours.dropped} == {*lavis.state_dict()}
+    assert all(name.startswith(("visual_encoder.", "Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp"))
+               or name.endswith("position_ids") for name in ours.dropped)
+
+
+def test_parameter_count_is_that_of_lavis_less_what_was_dropped(lavis, ours):
+    "But for the language-model head's matrix, which LAVIS ties to the word embeddings."
+    count = lambda named: sum(p.numel() for name, p in named if name not in ours.dropped)
+    assert count(ours.named_parameters()) == count(lavis.named_parameters())
+
+
+def test_weights_of_another_size_are_refused_by_name(lavis):
+    with torch.device("meta"): small = QFormer(layers=2, vocabulary=len(VOCABULARY) + 1)
+    with pytest.raises(CalaError, match="not of this model: .*layer"): load_lavis_state(small, lavis.state_dict())
+    with torch.device("meta"): wide = QFormer(vision_width=1408, vocabulary=len(VOCABULARY) + 1)
+    with pytest.raises(CalaError, match="of another shape: .*crossattention"): load_lavis_state(wide, lavis.state_dict())
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(ours):
+    tokens = torch.randn(1, 17, 1024)
+    with torch.no_grad():
+        assert torch.equal(ours.image(tokens), ours.image(tokens))
+        assert not torch.equal(ours.train().image(tokens), ours.image(tokens))
+    ours.eval()
