@@ -26,14 +26,10 @@ class HingeCrossAttention(nn.Module):
         self.key_target, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = dropout
 
-# %% ../nbs/08_associations.ipynb #492b24a4
+# %% ../nbs/08_associations.ipynb #1f817e39
 @patch
-def words(
-    self: HingeCrossAttention,
-    text: torch.Tensor,             # (B, L_c, d)
-    text_mask: torch.Tensor = None, # (B, L_c) bool, True = a real token; all real if None
-) -> torch.Tensor:                  # (B, L_c, d)
-    "Keys of the sentence; a padding token's key is zero, so that it adds nothing to the Gram matrix."
+def words(self: HingeCrossAttention, text, text_mask=None):
+    "Keys (B, L_c, d) of the sentence's tokens; where `text_mask` is False the key is zero, and adds nothing to the Gram matrix."
     keys = self.key_text(text)
     return keys if text_mask is None else keys.masked_fill(~text_mask.bool()[..., None], 0.)
 
@@ -52,16 +48,10 @@ def forward(
     dropout = self.dropout if self.training else 0.
     return F.scaled_dot_product_attention(hinge, self.key_target(target), self.value(target), dropout_p=dropout)[:, 0]
 
-# %% ../nbs/08_associations.ipynb #a3644dee
+# %% ../nbs/08_associations.ipynb #74c50075
 @patch
-def maps(
-    self: HingeCrossAttention,
-    reference: torch.Tensor,        # (B, L_r, d)
-    text: torch.Tensor,             # (B, L_c, d)
-    target: torch.Tensor,           # (B, L_t, d)
-    text_mask: torch.Tensor = None, # (B, L_c) bool, True = a real token
-) -> dict:
-    "The links A (B, L_r, L_c) and B (B, L_c, L_t), and the attention P (B, L_r, L_t) over the target."
+def maps(self: HingeCrossAttention, reference, text, target, text_mask=None):
+    "Inputs as for `forward`; dict of the links A (B, L_r, L_c), B (B, L_c, L_t) and the attention P (B, L_r, L_t)."
     keys, scale = self.words(text, text_mask), text.shape[-1] ** -0.5
     A = self.query(reference) * scale @ keys.transpose(1, 2)
     B = keys * scale @ self.key_target(target).transpose(1, 2)
@@ -102,14 +92,12 @@ def four_passes(
         weights.append(weight)
     return seen, weights
 
-# %% ../nbs/08_associations.ipynb #c49f488e
+# %% ../nbs/08_associations.ipynb #7865c5ff
 @patch
-def with_class(
-    self: TwinAttentionCompositor,
-    tokens: torch.Tensor, # (B, L, d)
-) -> torch.Tensor:        # (B, L, d), or (B, 1 + L, d) with a class token
-    "The tokens, behind the class token if there is one."
-    return tokens if self.class_token is None else torch.cat([self.class_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+def with_class(self: TwinAttentionCompositor, tokens):
+    "`tokens` (B, L, d), or (B, 1 + L, d) behind the class token if there is one."
+    if self.class_token is None: return tokens
+    return torch.cat([self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
 
 # %% ../nbs/08_associations.ipynb #42ca902c
 @patch
@@ -124,13 +112,9 @@ def forward(
     back, _ = four_passes(self.target_as_query_attention, target, reference)
     return (there[:, 0] + back[:, 0]) / 2
 
-# %% ../nbs/08_associations.ipynb #0f6fc732
+# %% ../nbs/08_associations.ipynb #db9db9b9
 @patch
-def maps(
-    self: TwinAttentionCompositor,
-    reference: torch.Tensor, # (B, L_r, d)
-    target: torch.Tensor,    # (B, L_t, d)
-) -> dict:
+def maps(self: TwinAttentionCompositor, reference, target):
     "Four attention maps of each twin, by the picture that asks; with a class token its row and column come first."
     reference, target = self.with_class(reference), self.with_class(target)
     return dict(reference=four_passes(self.reference_as_query_attention, reference, target, maps=True)[1],

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['CalaError', 'parse_flags', 'run_command', 'command']
 
-# %% ../nbs/00a_commands.ipynb #f1a16913
+# %% ../nbs/00a_commands.ipynb #5bff1b36
 import sys
+from argparse import SUPPRESS
 from dataclasses import fields, is_dataclass
 from functools import wraps
-from inspect import currentframe, signature
+from inspect import Parameter, Signature, currentframe, signature
 from pathlib import Path
 
-from fastcore.script import anno_parser
+from fastcore.docments import docments
+from fastcore.script import Param, anno_parser
 
 # %% ../nbs/00a_commands.ipynb #7ab7ca6f
 class CalaError(Exception):
@@ -27,14 +29,32 @@ def _dashed(parser):
         action.option_strings = dashed
     return parser
 
-# %% ../nbs/00a_commands.ipynb #c8f47f31
+# %% ../nbs/00a_commands.ipynb #c744d3c0
+def _on_and_off(parser):
+    "A flag that is on by default is typed `--no-x` to turn it off; let `--x` be typed too, as the released commands do."
+    for action in [a for a in parser._actions if a.option_strings and a.option_strings[0].startswith("--no-")]:
+        parser.add_argument("--" + action.option_strings[0][5:], dest=action.dest, action="store_true", default=True, help=SUPPRESS)
+    return parser
+
+# %% ../nbs/00a_commands.ipynb #a64a9374
+def _as_function(config):
+    "A function whose parameters are a dataclass's fields, inherited ones too, their comments as help."
+    comments = {k: v for cls in reversed(config.__mro__) if is_dataclass(cls) for k, v in docments(cls).items() if v}
+    def flags(): "Replaced below."
+    flags.__doc__ = config.__doc__
+    flags.__signature__ = Signature([Parameter(f.name, Parameter.POSITIONAL_OR_KEYWORD, default=f.default,
+                                               annotation=Param(comments.get(f.name, ""), f.type)) for f in fields(config)])
+    return flags
+
+# %% ../nbs/00a_commands.ipynb #16eece40
 def parse_flags(
     config,              # a dataclass, or a function whose parameters are the flags
     argv: list = None,   # words of the command line; those of this process if None
     prog: str = None,    # the command's name in messages
 ):                       # an instance of the dataclass, or a dict of the function's arguments
     "Read `argv` into `config`; a wrong flag prints one line and exits with status 2, as argparse does."
-    typed = vars(_dashed(anno_parser(config, prog=prog)).parse_args(argv))
+    parser = anno_parser(_as_function(config) if is_dataclass(config) else config, prog=prog)
+    typed = vars(_on_and_off(_dashed(parser)).parse_args(argv))
     names = {f.name for f in fields(config)} if is_dataclass(config) else signature(config).parameters
     typed = {name: value for name, value in typed.items() if name in names}
     return config(**typed) if is_dataclass(config) else typed

@@ -58,7 +58,7 @@ def scores(self: Sum, reference, text, targets):
     "Logits (B_q, B_t) of every query against every row of `targets` (B_t, d)."
     return cosine_logits(self.query(reference, text), targets, self.scale)
 
-# %% ../nbs/07_composition.ipynb #9e317e1f
+# %% ../nbs/07_composition.ipynb #50189d00
 def attended_cosines(
     what: torch.Tensor,      # (B_q, d) direction each query asks for; its length does not matter
     attention: torch.Tensor, # (B_q, d) how much each coordinate counts for each query
@@ -66,8 +66,8 @@ def attended_cosines(
 ) -> torch.Tensor:           # (B_q, B_t)
     "Cosine of `what_i` with `attention_i * targets_j` for every pair, without a (B_q, B_t, d) tensor."
     numerator = (F.normalize(what, dim=-1) * attention) @ targets.T
-    lengths = (attention.square() @ targets.square().T).sqrt()
-    return numerator / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)  # an all-zero target scores 0
+    lengths = (attention.square() @ targets.square().T).clamp_min(1e-24).sqrt()  # not after: sqrt has no slope at 0
+    return numerator / lengths
 
 # %% ../nbs/07_composition.ipynb #15f77476
 def peak_one(

@@ -5,128 +5,140 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'CATEGORIES', 'read_picture', 'target_pad', 'square_pad', 'ImageTransform',
            'image_transform', 'Gallery', 'Triplet', 'Annotations', 'read_json', 'read_cirr', 'read_fashioniq',
-           'data_folder', 'locate', 'Triplets', 'CIRR', 'fashioniq_text', 'FashionIQ', 'gallery_names', 'Batch',
-           'collate', 'open_dataset', 'Audit', 'audit']
+           'data_folder', 'find_pictures', 'locate', 'Triplets', 'CIRR', 'fashioniq_text', 'gallery_names', 'FashionIQ',
+           'Batch', 'collate', 'Shuffled', 'open_dataset', 'Audit', 'audit']
 
-# %% ../nbs/02_data.ipynb #cf565245
+# %% ../nbs/02_data.ipynb #3b1b712d
 import json
 import os
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from dataclasses import field
+from functools import lru_cache
+from functools import partial
+from pathlib import Path
+from pathlib import PurePosixPath
+from reprlib import repr as brief
+from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torchvision.transforms.functional as TF
 from fastcore.basics import patch
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset, default_collate
-from tqdm.auto import tqdm
+from PIL import Image
+from PIL import ImageOps
+from torch.utils.data import Dataset
+from torch.utils.data import Sampler
+from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from .commands import CalaError
 
-# %% ../nbs/02_data.ipynb #e9b67dab
-MAX_PIXELS = 100_000_000  # a picture of more is a mistake or an attack; CIRR's largest has a quarter of this
-
+# %% ../nbs/02_data.ipynb #64899835
 def _eight_bits(image):
-    "Grey pictures of 16 or 32 bits a pixel as 8 bits; PIL's own conversion would cut all above 255."
+    "Grey pictures of 16 or 32 bits a pixel as 8 bits; PIL's own conversion cuts all above 255."
     values = np.asarray(image).astype(np.float64)
-    scale = 257 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 1
+    scale = 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
     if image.mode == "F" and values.max(initial=0) <= 1: scale = 1 / 255
     return Image.fromarray(np.clip(values / scale, 0, 255).round().astype(np.uint8))
 
-# %% ../nbs/02_data.ipynb #964a0369
+# %% ../nbs/02_data.ipynb #b65b07d2
 def _over_white(image):
-    "A picture with transparency, laid over white paper."
+    "A picture with transparency, laid on white paper."
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
-# %% ../nbs/02_data.ipynb #248d99a9
-def _decode(path):
-    "The picture at `path` as PIL gives it, upright, or what PIL raised."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of large pictures; the limit below is ours
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS: raise ValueError(f"{image.width} x {image.height} is too large")
-            return ImageOps.exif_transpose(image)
+# %% ../nbs/02_data.ipynb #d63ae7e6
+MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
 
-# %% ../nbs/02_data.ipynb #fdbd13ce
+def _decode(path):
+    "The picture at `path` as upright 8-bit RGB, or whatever PIL raised."
+    with Image.open(path) as opened:
+        if opened.width * opened.height > MAX_PIXELS: raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
+        image = ImageOps.exif_transpose(opened)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"): image = _eight_bits(image)
+    if image.has_transparency_data: image = _over_white(image)
+    return image.convert("RGB")
+
+# %% ../nbs/02_data.ipynb #bf5a7dfc
 def read_picture(
     path: str | Path,  # a picture file of any kind that PIL knows
 ) -> Image.Image:      # RGB, upright, 8 bits a channel
     "Decode a picture; `CalaError` names one that is not there or cannot be decoded."
     if not os.path.isfile(path): raise CalaError(f"no picture {path}; cala-check lists all that are missing")
-    try: image = _decode(path)
-    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more, by format
+    try: return _decode(path)
+    except Exception as error:  # OSError, SyntaxError, struct.error, ...: PIL's plugins raise what they like
         raise CalaError(f"{path} cannot be decoded ({error}); fetch it again or remove it") from None
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"): image = _eight_bits(image)
-    if image.has_transparency_data: image = _over_white(image)
-    return image.convert("RGB")
 
-# %% ../nbs/02_data.ipynb #7aaf5e1e
-_PAD_PIXELS = 64_000_000
+# %% ../nbs/02_data.ipynb #73a16bb1
+_MAX_PADDED = 64_000_000  # pixels
 
 def _pad(image, ratio, size):
     "Black bars until the long side is at most `ratio` times the short one."
     w, h = image.size
     if max(w, h) / min(w, h) < ratio: return image
-    side = max(w, h) / ratio
-    if side * max(w, h) > _PAD_PIXELS:  # 1 x 10,000 would become 240 MB of black: shrink what is there first
-        w, h = (max(1, round(x * size / side)) for x in (w, h))
-        return _pad(image.resize((w, h), Image.BICUBIC), ratio, size)
-    left, top = max(int((side - w) / 2), 0), max(int((side - h) / 2), 0)
+    short = max(w, h) / ratio
+    if short * max(w, h) > _MAX_PADDED:
+        w, h = (max(1, round(side * size / short)) for side in (w, h))
+        return _pad(image.resize((w, h), Image.Resampling.BICUBIC), ratio, size)
+    left, top = max(int((short - w) / 2), 0), max(int((short - h) / 2), 0)
     return ImageOps.expand(image, (left, top, left, top), fill=0)
 
-# %% ../nbs/02_data.ipynb #86458ca6
+# %% ../nbs/02_data.ipynb #d5e38184
 def target_pad(
     ratio: float,  # pad only pictures longer than this, and only up to it
-    size: int,     # side of the crop that follows; used for pictures too long to pad at full size
+    size: int,     # side of the crop that follows: how far to shrink a picture too long to pad as it is
 ):                 # PIL -> PIL
     "CLIP4Cir's pad: long pictures get bars, others stay as they are."
     return partial(_pad, ratio=ratio, size=size)
 
+# %% ../nbs/02_data.ipynb #7b1f04ef
 def square_pad(
     size: int,  # side of the crop that follows
 ):              # PIL -> PIL
-    "Pad every picture to a square: nothing is cropped, more is black."
+    "Bars until the picture is square: nothing is cropped, more is black."
     return partial(_pad, ratio=1.0, size=size)
 
-# %% ../nbs/02_data.ipynb #19c47e09
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
+# %% ../nbs/02_data.ipynb #e98442d5
 def _strip(image, ratio=16):
-    "The middle of a picture longer than `ratio`: the centre crop would throw the rest away after enlarging it."
+    "The middle of a picture longer than `ratio`: the crop would throw the rest away, but only after enlarging it."
     w, h = image.size
     return TF.center_crop(image, (min(h, ratio * w), min(w, ratio * h)))
 
-# %% ../nbs/02_data.ipynb #ac03383f
+# %% ../nbs/02_data.ipynb #92c16120
 @dataclass(frozen=True)
 class ImageTransform:
-    "Pad, resize, centre crop, normalise; its repr says all there is to know, so a cache can be keyed by it."
-    kind: str    # targetpad, squarepad or plain
-    size: int    # side of the result
-    ratio: float # of targetpad
-    mean: tuple  # three means
-    std: tuple   # three standard deviations
-
-    def pixels(self, image): # PIL -> (3, size, size) uint8
-        pad = {"targetpad": target_pad(self.ratio, self.size), "squarepad": square_pad(self.size), "plain": _strip}[self.kind]
-        image = TF.resize(pad(image), self.size, TF.InterpolationMode.BICUBIC)
-        return TF.pil_to_tensor(TF.center_crop(image, self.size))
-
-    def floats(self, pixels): # (..., 3, size, size) uint8 -> float32
-        return TF.normalize(pixels.float().div_(255), self.mean, self.std)
+    "Pad, resize, centre crop, normalise: PIL -> (3, size, size) float32."
+    kind: str     # targetpad, squarepad or plain
+    size: int     # side of the result
+    ratio: float  # of targetpad
+    mean: tuple   # three means
+    std: tuple    # three standard deviations
 
     def __call__(self, image): return self.floats(self.pixels(image))
 
-# %% ../nbs/02_data.ipynb #921f955a
+# %% ../nbs/02_data.ipynb #7d132e82
+@patch
+def pixels(self: ImageTransform, image: Image.Image) -> torch.Tensor:
+    "The first half: PIL -> (3, size, size) uint8."
+    pads = dict(targetpad=target_pad(self.ratio, self.size), squarepad=square_pad(self.size), plain=_strip)
+    image = TF.resize(pads[self.kind](image), self.size, TF.InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(image, self.size))
+
+# %% ../nbs/02_data.ipynb #870a3241
+@patch
+def floats(self: ImageTransform, pixels: torch.Tensor) -> torch.Tensor:
+    "The second half: (..., 3, size, size) uint8 -> float32."
+    return TF.normalize(pixels.float().div_(255), self.mean, self.std)
+
+# %% ../nbs/02_data.ipynb #ecb646e3
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 def image_transform(
     kind: str,                # targetpad, squarepad or plain
     size: int,                # side of the result
@@ -134,28 +146,21 @@ def image_transform(
     mean: tuple = CLIP_MEAN,  # of the trunk's training pictures
     std: tuple = CLIP_STD,    # of the same
 ) -> ImageTransform:          # PIL -> (3, size, size)
-    "The transform that `--transform kind` names."
+    "The transform that `--transform kind` asks for."
     if kind not in ("targetpad", "squarepad", "plain"):
         raise CalaError(f"no transform {kind!r}; there are targetpad, squarepad and plain")
-    if size < 1 or ratio < 1: raise CalaError(f"a transform needs size >= 1 and ratio >= 1, not {size} and {ratio}")
-    return ImageTransform(kind, int(size), float(ratio), tuple(mean), tuple(std))
+    if size < 1 or not 1 <= ratio < float("inf"): raise CalaError(f"a transform needs a size and a ratio of at least 1, not {size} and {ratio}")
+    return ImageTransform(kind, int(size), float(ratio), tuple(map(float, mean)), tuple(map(float, std)))
 
-# %% ../nbs/02_data.ipynb #87022e99
-def _leaves(path, root):
-    "True if `path`, links followed, is not in `root`; the picture folder itself may be a link to another disk."
-    parts = Path(path).relative_to(root).parts
-    home = [os.path.realpath(root), *([os.path.realpath(Path(root, parts[0]))] if len(parts) > 1 else [])]
-    return not any(Path(os.path.realpath(path)).is_relative_to(h) for h in home)
-
-# %% ../nbs/02_data.ipynb #54b4f3eb
+# %% ../nbs/02_data.ipynb #585fd198
 class Gallery(Dataset):
-    "Pictures by position; reading the annotations needs none of them to be there."
+    "Pictures by position, read when asked for."
     def __init__(self,
         names: list,            # one name a picture
         paths: list,            # where each should be
         transform: Any = None,  # PIL -> tensor; None leaves PIL pictures
-        root: Path = None,      # folder that no picture may leave; None asks nothing
-        keep: bool = False,     # keep decoded pictures in memory (as uint8 if the transform can)
+        root: Path = None,      # folder that no picture may leave; None for pictures that you chose yourself
+        keep: bool = False,     # keep pictures in memory once read
     ):
         self.names, self.paths, self.transform, self.root = list(names), [Path(p) for p in paths], transform, root
         self.kept = {} if keep else None
@@ -163,379 +168,339 @@ class Gallery(Dataset):
 
     def __len__(self): return len(self.names)
 
-    def position(self, name):
-        "Position of one name."
-        if name not in self._position: raise CalaError(f"no picture named {name!r} in this gallery of {len(self):,}")
-        return self._position[name]
-
-    def positions(self, names):
-        "Positions of many names: (len(names),) long."
-        return torch.tensor([self.position(n) for n in names], dtype=torch.long)
-
-# %% ../nbs/02_data.ipynb #b12ed743
+# %% ../nbs/02_data.ipynb #f1a2991c
 @patch
-def open(self: Gallery, i: int) -> Image.Image:
+def position(self: Gallery, name: str) -> int:
+    "Position of one name."
+    if name not in self._position: raise CalaError(f"no picture named {brief(name)} in this gallery of {len(self):,}")
+    return self._position[name]
+
+# %% ../nbs/02_data.ipynb #eabbdc0e
+@patch
+def positions(self: Gallery, names: list) -> torch.Tensor:
+    "Positions of many names: (len(names),) long."
+    return torch.tensor([self.position(name) for name in names], dtype=torch.long)
+
+# %% ../nbs/02_data.ipynb #8143c2d0
+@lru_cache(maxsize=4096)
+def _real(folder):
+    return Path(os.path.realpath(folder))
+
+def _leaves(path, root):
+    "True if `path`, its links followed, is not under `root` nor under the top folder of `root` that it is in."
+    path, root = Path(path), Path(root)
+    parts = path.relative_to(root).parts
+    real = Path(os.path.realpath(path)) if path.is_symlink() else _real(path.parent.absolute()) / path.name
+    return not any(real.is_relative_to(_real(home.absolute())) for home in (root, *([root / parts[0]] if len(parts) > 1 else [])))
+
+# %% ../nbs/02_data.ipynb #41f1b6d1
+@patch
+def picture(self: Gallery, i: int) -> Image.Image:
     "Picture `i` as RGB, before the transform."
     if self.root is not None and _leaves(self.paths[i], self.root):
         raise CalaError(f"{self.paths[i]} is a link out of {self.root}; put the picture itself there")
     return read_picture(self.paths[i])
 
+# %% ../nbs/02_data.ipynb #704d6de2
 @patch
 def __getitem__(self: Gallery, i: int):
-    i, transform = int(i), self.transform or (lambda image: image)
-    if self.kept is None: return transform(self.open(i))
-    if i not in self.kept: self.kept[i] = getattr(transform, "pixels", transform)(self.open(i))
+    i, transform = range(len(self))[int(i)], self.transform or (lambda image: image)
+    if self.kept is None: return transform(self.picture(i))
+    if i not in self.kept: self.kept[i] = getattr(transform, "pixels", transform)(self.picture(i))
     return getattr(transform, "floats", lambda kept: kept)(self.kept[i])
 
-# %% ../nbs/02_data.ipynb #c2f01bea
+# %% ../nbs/02_data.ipynb #9a5aa65d
 @patch(as_prop=True)
 def missing(self: Gallery) -> list:
-    "Names whose file is not there (or is a link out of the root); looked up once."
-    if "_missing" not in self.__dict__:
-        gone = lambda p: not os.path.isfile(p) or (self.root is not None and _leaves(p, self.root))
-        self._missing = [n for n, p in zip(self.names, self.paths) if gone(p)]
+    "Names whose file is not there, or is a link out of the root."
+    if not hasattr(self, "_missing"):
+        gone = lambda path: not os.path.isfile(path) or (self.root is not None and _leaves(path, self.root))
+        self._missing = [name for name, path in zip(self.names, self.paths) if gone(path)]
     return self._missing
 
-# %% ../nbs/02_data.ipynb #aa31e859
+# %% ../nbs/02_data.ipynb #8540d565
+@patch
+def without(self: Gallery, names: set) -> Gallery:
+    "The same gallery less `names`; positions change."
+    left = [(name, path) for name, path in zip(self.names, self.paths) if name not in names]
+    return Gallery([n for n, _ in left], [p for _, p in left], self.transform, self.root, self.kept is not None)
+
+# %% ../nbs/02_data.ipynb #4ca38bc8
 @dataclass(frozen=True)
 class Triplet:
-    "One query and, where labels are published, its target."
-    reference: str               # name of the reference picture
-    captions: tuple              # one sentence (CIRR) or two (FashionIQ)
-    target: str | None           # name of the target picture; None in test splits
-    pair_id: str                 # CIRR's pairid; FashionIQ has none, so "<category>-<row>"
-    group: tuple = ()            # CIRR: the six near neighbours, the reference among them
-    category: str = ""           # FashionIQ: dress, shirt or toptee
+    "One query and, where labels are published, its target; pictures by name."
+    reference: str       # name of the reference picture
+    captions: tuple      # one sentence (CIRR) or two (FashionIQ)
+    target: str | None   # name of the target picture; None in test splits
+    pair_id: str         # CIRR's pairid; FashionIQ has none, so "<category>-<row>"
+    group: tuple = ()    # CIRR: six near neighbours, reference and target among them
+    category: str = ""   # FashionIQ: dress, shirt or toptee
 
-# %% ../nbs/02_data.ipynb #9532bf16
+# %% ../nbs/02_data.ipynb #1973ae96
 @dataclass
 class Annotations:
     "What the files of one split say, and what is wrong with them."
-    names: list = field(default_factory=list)    # of the gallery, in the order of the split file
-    paths: dict = field(default_factory=dict)    # name -> path relative to the data set's folder, where published
-    triplets: list = field(default_factory=list)
-    faults: list = field(default_factory=list)   # file, entry and what is wrong: cannot be used
-    notes: list = field(default_factory=list)    # odd, yet usable
+    names: list = field(default_factory=list)     # of the gallery, in the order of the split file
+    paths: dict = field(default_factory=dict)     # name -> path in the data set's folder, or None if only the name is published
+    triplets: list = field(default_factory=list)  # of `Triplet`
+    faults: list = field(default_factory=list)    # file, entry and why it cannot be used
+    notes: list = field(default_factory=list)     # file, entry and what is odd, yet usable
 
-# %% ../nbs/02_data.ipynb #a34d488c
+# %% ../nbs/02_data.ipynb #f5fbfe47
+@patch
+def usable(self: Annotations):
+    "Itself if it has no fault, or a `CalaError` with the first."
+    if not self.faults: return self
+    more = f" (and {len(self.faults) - 1:,} more; cala-check lists them)" if len(self.faults) > 1 else ""
+    raise CalaError(f"{self.faults[0]}{more}")
+
+# %% ../nbs/02_data.ipynb #2b14e6c0
 def _once(pairs):
-    if len(found := dict(pairs)) < len(pairs): raise ValueError(f"a key is there twice in {{{list(found)[0]!r}, ...}}")
-    return found
+    "The dict of `pairs`, or an error if a key is there twice."
+    if len(found := dict(pairs)) == len(pairs): return found
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"the key {brief(next(k for k in keys if keys.count(k) > 1))} is there twice")
 
+# %% ../nbs/02_data.ipynb #6b0109ea
 def read_json(
     path: Path,  # an annotation file
     kind: type,  # list or dict: what must be at the top
-):
-    "Read an annotation file; whatever is wrong with it becomes one line that names it."
+):               # its content
+    "Read an annotation file; whatever is wrong with it is one line that names it."
     try: content = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=_once)
     except FileNotFoundError: raise CalaError(f"no annotation file {path}; the data set's own repository has it") from None
     except (ValueError, RecursionError, OSError) as error:
         raise CalaError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if isinstance(content, kind): return content
-    raise CalaError(f"{path} holds a JSON {type(content).__name__}, not a {kind.__name__}; fetch it again")
+    if isinstance(content, kind) and content: return content
+    raise CalaError(f"{path} must hold a JSON {kind.__name__} with something in it; fetch it again")
 
-# %% ../nbs/02_data.ipynb #ae8b0f31
-def _text(value):
-    "True for a string that files and tokenizers can take."
-    return isinstance(value, str) and "\0" not in value and value.encode("utf-8", "ignore").decode() == value
+# %% ../nbs/02_data.ipynb #de003d26
+def _is_text(value):
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
 
-def _plain_name(name):
-    "True for a name that can only be a file in the folder it is looked up in."
-    return _text(name) and name not in ("", ".", "..") and not set(name) & set('/\\')
+def _is_name(value):
+    return _is_text(value) and value.isprintable() and value not in ("", ".", "..") and not set(value) & set('/\\:')
 
-def _inner_path(path):
-    "True for a relative path that cannot climb."
-    return (_text(path) and bool(PurePosixPath(path).name) and "\\" not in path and ":" not in path
-            and not path.startswith("/") and ".." not in PurePosixPath(path).parts)
+def _is_inner_path(value):
+    return _is_text(value) and not value.startswith("/") and PurePosixPath(value).name != "" and all(map(_is_name, PurePosixPath(value).parts))
 
-# %% ../nbs/02_data.ipynb #af9ea09c
-def _cirr_faults(entry, names, train):
-    "What keeps one caption entry of CIRR from being used."
-    if not isinstance(entry, dict): yield "is not an object"; return
-    for key in ("reference", "target_hard") if train or "target_hard" in entry else ("reference",):
+# %% ../nbs/02_data.ipynb #f56b4cca
+def _entries(file, kind, found):
+    "The content of `file`; if it cannot be read, that is a fault and there is none."
+    try: return read_json(file, kind)
+    except CalaError as error: found.faults.append(str(error))
+    return kind()
+
+# %% ../nbs/02_data.ipynb #45fe0d17
+def _name_faults(entry, keys, names):
+    "Which of the pictures that an entry names is not in the split file."
+    for key in keys:
         name = entry.get(key)
         if not isinstance(name, str): yield f"has no {key}"
-        elif name not in names: yield f"{key} {name!r} is not in the split file"
-    if not _text(entry.get("caption")): yield "has no caption"
-    if isinstance(entry.get("pairid"), bool) or not isinstance(entry.get("pairid"), (int, str)): yield "has no pairid"
-    members = _members(entry)
-    if members is None: yield "has no img_set with members"
+        elif name not in names: yield f"{key} {brief(name)} is not in the split file"
 
+# %% ../nbs/02_data.ipynb #70d88052
 def _members(entry):
-    "The names of an entry's group, or None."
+    "The names of an entry's group, or None if it has none."
     group = entry.get("img_set")
     members = group.get("members") if isinstance(group, dict) else None
     return members if isinstance(members, list) and all(isinstance(m, str) for m in members) else None
 
-# %% ../nbs/02_data.ipynb #37f0bfd9
-def _group_faults(entry, names):
-    "What is wrong with the group of a well-formed entry: fatal where subset recall needs it, odd in train."
-    members = _members(entry)
-    if len(set(members)) != 6 or len(members) != 6: yield f"has a group of {len(members)} ({len(set(members))} different), not six"
-    for member in members:
-        if member not in names: yield f"group member {member!r} is not in the split file"
-    for key in ("reference", "target_hard"):
-        if entry.get(key, members and members[0]) not in members: yield f"{key} {entry.get(key)!r} is not in its group"
-    if entry["reference"] == entry.get("target_hard"): yield f"has {entry['reference']!r} as reference and as target"
+# %% ../nbs/02_data.ipynb #a23db6da
+def _cirr_faults(entry, names, labelled):
+    "Why one entry of CIRR cannot become a triplet."
+    if not isinstance(entry, dict): yield "is not an object"; return
+    yield from _name_faults(entry, ("reference", "target_hard") if labelled or "target_hard" in entry else ("reference",), names)
+    if not _is_text(entry.get("caption")): yield "has no caption"
+    if type(entry.get("pairid")) not in (int, str): yield "has no pairid"
+    if _members(entry) is None: yield "has no img_set with members"
 
-# %% ../nbs/02_data.ipynb #518a3e32
-def _cirr_triplet(entry):
+def _cirr_triplet(i, entry):
     return Triplet(entry["reference"], (entry["caption"],), entry.get("target_hard"), str(entry["pairid"]), tuple(_members(entry)))
 
-def _read_cirr_names(file, found):
-    "The split file of CIRR: name -> path."
-    for i, (name, path) in enumerate(read_json(file, dict).items()):
-        if not _plain_name(name) or not _inner_path(path):
-            found.faults.append(f"{file} entry {i}: {name!r} has the path {path!r}, which may leave the data root or is none")
-        else: found.names.append(name); found.paths[name] = str(PurePosixPath(path))
-    if not found.names: found.faults.append(f"{file} names no picture")
+# %% ../nbs/02_data.ipynb #8c7d3023
+def _group_faults(triplet, names):
+    "Why subset recall cannot be computed for a triplet of CIRR."
+    group = triplet.group
+    if len(group) != 6 or len(set(group)) != 6: yield f"has a group of {len(group)} ({len(set(group))} different), not six"
+    for member in sorted(set(group) - names): yield f"group member {brief(member)} is not in the split file"
+    for name in (triplet.reference, triplet.target):
+        if name is not None and name not in group: yield f"{brief(name)} is not in its own group"
 
-# %% ../nbs/02_data.ipynb #bc95e56e
-def read_cirr(
-    folder: Path,       # the folder that holds `cirr/captions`
-    split: str,         # train, val or test1
-) -> Annotations:
-    "Read and check one split of CIRR; `CalaError` only where a file is not there or is not JSON."
-    found, train = Annotations(), split == "train"
-    _read_cirr_names(Path(folder, "cirr", "image_splits", f"split.rc2.{split}.json"), found)
-    file, seen, names = Path(folder, "cirr", "captions", f"cap.rc2.{split}.json"), set(), set(found.names)
-    for i, entry in enumerate(read_json(file, list)):
-        faults = list(_cirr_faults(entry, names, split != "test1"))
-        if not faults: (found.notes if train else faults).extend(_group_faults(entry, names) if not train else
-                                                                (f"{file} entry {i}: {f}" for f in _group_faults(entry, names)))
-        if not faults and str(entry["pairid"]) in seen: faults.append(f"pairid {entry['pairid']} is there twice")
-        if not faults: found.triplets.append(_cirr_triplet(entry)); seen.add(str(entry["pairid"]))
-        if not faults and not entry["caption"].strip(): found.notes.append(f"{file} entry {i}: the caption is empty")
-        found.faults.extend(f"{file} entry {i}: {fault}" for fault in faults)
-    return _labels_agree(found, file)
+# %% ../nbs/02_data.ipynb #2f025b9b
+def _oddities(triplet):
+    "What is strange about a triplet, yet usable."
+    if triplet.reference == triplet.target: yield f"has {brief(triplet.target)} as reference and as target"
+    if not all(caption.strip(".?, ") for caption in triplet.captions): yield "has an empty caption"
 
-def _labels_agree(found, file):
+# %% ../nbs/02_data.ipynb #fc45e806
+def _read_triplets(file, found, faults_of, triplet_of):
+    "Fill `found` with the entries of a caption file; yield (position in the file, triplet) of each that is well formed."
+    for i, entry in enumerate(_entries(file, list, found)):
+        faults = list(faults_of(entry))
+        found.faults += [f"{file} entry {i}: {fault}" for fault in faults]
+        if faults: continue
+        found.triplets.append(triplet_of(i, entry))
+        found.notes += [f"{file} entry {i}: {odd}" for odd in _oddities(found.triplets[-1])]
+        yield i, found.triplets[-1]
+
+# %% ../nbs/02_data.ipynb #67f86799
+def _same_labels(file, found):
     "Either every triplet has a target or none."
-    if not found.triplets: found.faults.append(f"{file} holds no triplet that can be used")
     if len({t.target is None for t in found.triplets}) > 1: found.faults.append(f"{file}: some entries have a target and some have none")
     return found
 
-# %% ../nbs/02_data.ipynb #0361b641
-def _fashioniq_faults(entry, names, labelled):
-    "What keeps one caption entry of FashionIQ from being used."
-    if not isinstance(entry, dict): yield "is not an object"; return
-    for key in ("candidate", "target") if labelled or "target" in entry else ("candidate",):
-        name = entry.get(key)
-        if not isinstance(name, str): yield f"has no {key}"
-        elif name not in names: yield f"{key} {name!r} is not in the split file"
-    captions = entry.get("captions")
-    if not isinstance(captions, list) or len(captions) != 2 or not all(map(_text, captions)): yield "has no two captions"
+# %% ../nbs/02_data.ipynb #e72a4663
+def _read_cirr_names(file, found):
+    "The split file of CIRR: {name: path}."
+    for i, (name, path) in enumerate(_entries(file, dict, found).items()):
+        if _is_name(name) and _is_inner_path(path): found.names.append(name); found.paths[name] = str(PurePosixPath(path))
+        else: found.faults.append(f"{file} entry {i}: {brief(name)} has the path {brief(path)}, which is none within the data set's folder")
 
-# %% ../nbs/02_data.ipynb #2cbdf9fb
+# %% ../nbs/02_data.ipynb #63b5a8c4
+def read_cirr(
+    folder: Path,    # the folder that holds `cirr/captions` and `cirr/image_splits`
+    split: str,      # train, val or test1
+) -> Annotations:    # whatever is wrong is in its faults
+    "Read and check the two files of a split of CIRR."
+    found, seen = Annotations(), set()
+    _read_cirr_names(Path(folder, "cirr", "image_splits", f"split.rc2.{split}.json"), found)
+    file, names = Path(folder, "cirr", "captions", f"cap.rc2.{split}.json"), set(found.names)
+    serious = found.notes if split == "train" else found.faults
+    for i, triplet in _read_triplets(file, found, lambda entry: _cirr_faults(entry, names, split != "test1"), _cirr_triplet):
+        serious += [f"{file} entry {i}: {fault}" for fault in _group_faults(triplet, names)]
+        if triplet.pair_id in seen: serious.append(f"{file} entry {i}: pairid {triplet.pair_id} is there twice")
+        seen.add(triplet.pair_id)
+    return _same_labels(file, found)
+
+# %% ../nbs/02_data.ipynb #0fb0aaad
 def _read_fashioniq_names(file, found):
-    "The split file of a FashionIQ category: a list of names."
-    for i, name in enumerate(read_json(file, list)):
-        if not _plain_name(name): found.faults.append(f"{file} entry {i}: {name!r} is not a picture's name")
-        elif name in found.paths: found.faults.append(f"{file} entry {i}: {name!r} is there twice")
+    "The split file of a FashionIQ category: [name, ...]."
+    for i, name in enumerate(_entries(file, list, found)):
+        if not _is_name(name): found.faults.append(f"{file} entry {i}: {brief(name)} is not a picture's name")
+        elif name in found.paths: found.faults.append(f"{file} entry {i}: {brief(name)} is there twice")
         else: found.names.append(name); found.paths[name] = None
-    if not found.names: found.faults.append(f"{file} names no picture")
 
+# %% ../nbs/02_data.ipynb #ed2b74a1
+def _fashioniq_faults(entry, names, labelled):
+    "Why one entry of FashionIQ cannot become a triplet."
+    if not isinstance(entry, dict): yield "is not an object"; return
+    yield from _name_faults(entry, ("candidate", "target") if labelled or "target" in entry else ("candidate",), names)
+    captions = entry.get("captions")
+    if not isinstance(captions, list) or len(captions) != 2 or not all(map(_is_text, captions)): yield "has no two captions"
+
+# %% ../nbs/02_data.ipynb #a30ecbb2
 def read_fashioniq(
-    folder: Path,       # the folder that holds `captions` and `image_splits`
-    split: str,         # train, val or test
-    category: str,      # dress, shirt or toptee
-) -> Annotations:
-    "Read and check one split of one category of FashionIQ."
+    folder: Path,    # the folder that holds `captions` and `image_splits`
+    split: str,      # train, val or test
+    category: str,   # dress, shirt or toptee
+) -> Annotations:    # whatever is wrong is in its faults
+    "Read and check the two files of a category and split of FashionIQ."
     found = Annotations()
     _read_fashioniq_names(Path(folder, "image_splits", f"split.{category}.{split}.json"), found)
     file = Path(folder, "captions", f"cap.{category}.{split}.json")
-    for i, entry in enumerate(read_json(file, list)):
-        faults = list(_fashioniq_faults(entry, found.paths, split != "test"))
-        found.faults.extend(f"{file} entry {i}: {fault}" for fault in faults)
-        if faults: continue
-        found.triplets.append(Triplet(entry["candidate"], tuple(entry["captions"]), entry.get("target"), f"{category}-{i}", (), category))
-        if not all(c.strip(".?, ") for c in entry["captions"]): found.notes.append(f"{file} entry {i}: a caption is empty")
-    return _labels_agree(found, file)
+    faults_of = lambda entry: _fashioniq_faults(entry, found.paths, split != "test")
+    triplet_of = lambda i, e: Triplet(e["candidate"], tuple(e["captions"]), e.get("target"), f"{category}-{i}", (), category)
+    for _ in _read_triplets(file, found, faults_of, triplet_of): pass
+    return _same_labels(file, found)
 
-# %% ../nbs/02_data.ipynb #e19e31da
-_FOLDERS = {"CIRR": ("cirr_dataset", "cirr_datasets"), "FashionIQ": ("fashioniq_dataset", "fashioniq_datasets")}
-_MARKS = {"CIRR": ("cirr/captions", "cirr/image_splits"), "FashionIQ": ("captions", "image_splits")}
+# %% ../nbs/02_data.ipynb #840e4c21
+_FOLDERS = dict(CIRR=("cirr_dataset", "cirr_datasets"), FashionIQ=("fashioniq_dataset", "fashioniq_datasets"))
+_MARKS = dict(CIRR=("cirr/captions", "cirr/image_splits"), FashionIQ=("captions", "image_splits"))
 
 def data_folder(
-    root: Path,  # the folder that holds the data sets, or one data set's own folder
-    name: str,   # CIRR or FashionIQ
-) -> Path:       # the data set's own folder
-    "Find a data set under the names that people gave its folder."
-    marked = lambda folder: any(Path(folder, mark).is_dir() for mark in _MARKS[name])
-    if not Path(root).is_dir(): raise CalaError(f"no folder {root}; point --data-root at the folder that holds {_FOLDERS[name][0]}")
+    root: str | Path,  # the folder that holds the data sets, or one data set's own folder
+    name: str,         # CIRR or FashionIQ
+) -> Path:             # the data set's own folder
+    "Find a data set under the names that people give its folder."
+    if not os.path.isdir(root): raise CalaError(f"no folder {root}; point --data-root at the folder that holds {_FOLDERS[name][0]}")
     inside = sorted(p for p in Path(root).iterdir() if p.name.lower() in _FOLDERS[name])
-    for folder in [*inside, Path(root)]:
-        if marked(folder): return folder
-    raise CalaError(f"{root} holds no {name} annotations ({' or '.join(_FOLDERS[name])} with {_MARKS[name][0]}); "
-                    "point --data-root at the folder that holds them")
+    for folder in (*inside, Path(root)):
+        if any((folder / mark).is_dir() for mark in _MARKS[name]): return folder
+    raise CalaError(f"{root} holds no annotations of {name} ({_FOLDERS[name][0]}/{_MARKS[name][0]}); point --data-root at the folder that does")
 
-# %% ../nbs/02_data.ipynb #6a9841c7
+# %% ../nbs/02_data.ipynb #0f0160a7
+_HOMES = ("", "images", "image_data", "img_raw")  # where pictures lie in a data set's folder
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-def _pictures_under(folders):
-    "{name without suffix: path} of every picture under `folders`; the first found wins."
-    found = {}
-    for folder in folders:
-        for home, inner, files in os.walk(folder):
-            inner.sort()
-            for file in sorted(files):
-                stem, suffix = os.path.splitext(file)
-                if suffix.lower() in _SUFFIXES: found.setdefault(stem, Path(home, file))
-    return found
-
-# %% ../nbs/02_data.ipynb #f744292d
-_HOMES = ("", "images", "image_data", "img_raw")
-
-def locate(
+def find_pictures(
     folder: Path,        # the data set's own folder
-    found: Annotations,  # of one split
-) -> list:               # a path a name; the published place where there is no picture
-    "Where each picture is: where its file says, or anywhere under that top folder."
-    if any(found.paths.values()):
-        tops = {PurePosixPath(p).parts[0] for p in found.paths.values()}
-        pictures = _pictures_under(Path(folder, home, top) for home in _HOMES for top in sorted(tops))
-    else: pictures = _pictures_under(Path(folder, home) for home in _HOMES[1:])
-    return [_place(Path(folder, found.paths[n] or f"images/{n}.jpg"), pictures) for n in found.names]
+    found: Annotations,  # of any of its splits
+) -> dict:               # {name without suffix: path}
+    "Every picture under the folders that the annotations speak of; of two with one name the first counts."
+    tops = sorted({PurePosixPath(path).parts[0] for path in found.paths.values() if path})
+    homes = [os.path.join(folder, home, top) for home in _HOMES for top in tops] or [os.path.join(folder, home) for home in _HOMES[1:]]
+    pictures = {}
+    for place, inner, files in (step for home in homes for step in os.walk(home)):
+        inner.sort()
+        for stem, suffix in map(os.path.splitext, sorted(files)):
+            if suffix.lower() in _SUFFIXES: pictures.setdefault(stem, os.path.join(place, stem + suffix))
+    return pictures
 
-def _place(path, pictures):
-    return path if path.stem not in pictures or path.is_file() else pictures[path.stem]
+# %% ../nbs/02_data.ipynb #e6008951
+def locate(
+    folder: Path,          # the data set's own folder
+    found: Annotations,    # of one split
+    pictures: dict = None, # what `find_pictures` found, if it was asked already
+) -> list:                 # one path a name
+    "Where each picture of a split is, or should be."
+    pictures = find_pictures(folder, found) if pictures is None else pictures
+    published = [Path(folder, found.paths[name] or f"images/{name}.jpg") for name in found.names]
+    return [path if path.stem not in pictures or os.path.isfile(path) else Path(pictures[path.stem]) for path in published]
 
-# %% ../nbs/02_data.ipynb #ab004851
+# %% ../nbs/02_data.ipynb #a50864b1
 class Triplets(Dataset):
-    "What CIRR and FashionIQ share. Making one reads annotations and file names; no picture is opened."
+    "Triplets of one split and their gallery. Making one reads annotations and file names; no picture is opened."
     name, splits = "", ()
 
-    def _set(self, split, triplets, gallery, seed):
+    def _fill(self, split, triplets, gallery, seed):
         self.split, self.triplets, self.gallery, self.pictures, self.seed = split, triplets, gallery, gallery, seed
         self.left_out = dict(pictures=0, queries=0)
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # workers that stay alive see it change
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._index()
-
-    def _index(self):
-        self.references = self.gallery.positions([t.reference for t in self.triplets])
-        labelled = all(t.target is not None for t in self.triplets)
-        self.targets = self.gallery.positions([t.target for t in self.triplets]) if labelled else None
 
     def __len__(self): return len(self.triplets)
 
-    def set_epoch(self, epoch: int):
-        "Which epoch's texts to draw; a worker process sees it too."
-        self._epoch[0] = epoch
+# %% ../nbs/02_data.ipynb #f9e121d5
+@patch
+def _index(self: Triplets):
+    "Names to positions: references (Q,), targets (Q,) or None."
+    self.references = self.gallery.positions([t.reference for t in self.triplets])
+    unknown = any(t.target is None for t in self.triplets)
+    self.targets = None if unknown else self.gallery.positions([t.target for t in self.triplets])
 
-# %% ../nbs/02_data.ipynb #75c7507c
-def _split(name, split, known):
-    "The split's published name, or a `CalaError`."
-    split = {"test": "test1"}.get(split, split) if name == "CIRR" else {"test1": "test"}.get(split, split)
-    if split not in known: raise CalaError(f"no split {split!r}; {name} has {', '.join(known)}")
-    return split
+# %% ../nbs/02_data.ipynb #96ae66fa
+@patch
+def _leave_out(self: Triplets, missing):
+    "A smaller gallery, and only triplets that need nothing that is missing."
+    before, group = len(self), self.split != "train"
+    self.triplets = [t for t in self.triplets if not missing & {t.reference, t.target, *(t.group if group else ())}]
+    self.gallery = self.pictures = self.gallery.without(missing)
+    self.left_out = dict(pictures=len(missing), queries=before - len(self))
+    if not self.triplets: raise CalaError(f"no triplet of {self.name} {self.split} has all its pictures; cala-check lists those that are missing")
+    self._index()
 
-def _usable(found):
-    "Annotations without faults, or a `CalaError` with the first."
-    if not found.faults: return found
-    more = f" (and {len(found.faults) - 1} more: cala-check lists them)" if len(found.faults) > 1 else ""
-    raise CalaError(f"{found.faults[0]}{more}")
+# %% ../nbs/02_data.ipynb #c55005b7
+@patch
+def require_pictures(self: Triplets,
+    allow_missing: bool = False,  # go on without what is missing
+):                                # the data set itself
+    "Refuse a gallery with holes, or close the holes and say how many there were."
+    missing = self.gallery.missing
+    if not missing: return self
+    first = self.gallery.paths[self.gallery.position(missing[0])]
+    count = f"{len(missing):,} of {len(self.gallery):,} pictures of {self.name} {self.split} are missing"
+    if not allow_missing: raise CalaError(f"{count}, the first is {first}; cala-check lists them, --allow-missing goes on without them")
+    self._leave_out(set(missing))
+    warnings.warn(f"{count} and left out, with {self.left_out['queries']:,} triplets that need them", stacklevel=2)
+    return self
 
-# %% ../nbs/02_data.ipynb #64413640
-class CIRR(Triplets):
-    "CIRR's triplets: natural pictures, one sentence each, groups of six near neighbours."
-    name, splits = "CIRR", ("train", "val", "test1")
+# %% ../nbs/02_data.ipynb #7abc430e
+@patch
+def caption(self: Triplets, i: int) -> str:
+    "The text of triplet `i`."
+    return self.triplets[i].captions[0]
 
-    def __init__(self,
-        root: Path,                   # the folder that holds cirr_dataset, or that folder
-        split: str,                   # train, val or test1
-        transform: Any = None,        # PIL -> tensor
-        keep: bool = False,           # keep decoded pictures in memory
-        allow_missing: bool = False,  # go on without the pictures that are not there, loudly
-        seed: int = 0,                # unused here: a CIRR caption is one sentence
-    ):
-        self.root, split = data_folder(root, self.name), _split(self.name, split, self.splits)
-        found = _usable(read_cirr(self.root, split))
-        gallery = Gallery(found.names, locate(self.root, found), transform, self.root, keep)
-        self._set(split, found.triplets, gallery, seed)
-        if allow_missing: self.require_pictures(allow_missing=True)
-
-    def _index(self):
-        super()._index()
-        known = [t for t in self.triplets if len(t.group) == 6 and all(m in self.gallery._position for m in t.group)]
-        self.groups = torch.stack([self.gallery.positions(t.group) for t in known]) if len(known) == len(self) else None
-
-    def caption(self, i: int) -> str:
-        "The sentence of triplet `i`."
-        return self.triplets[i].captions[0]
-
-# %% ../nbs/02_data.ipynb #487f8f78
-CATEGORIES = ("dress", "shirt", "toptee")
-
-def _categories(categories):
-    "The categories asked for, in published order."
-    asked = tuple(categories.replace(",", " ").split()) if isinstance(categories, str) else tuple(categories)
-    if not asked or set(asked) - set(CATEGORIES):
-        raise CalaError(f"no categories {asked}; FashionIQ has {', '.join(CATEGORIES)}")
-    return tuple(c for c in CATEGORIES if c in asked)
-
-def fashioniq_text(
-    captions: tuple,             # the two sentences
-    rng: random.Random = None,   # draws one of four forms; None is the validation form
-) -> str:
-    "\"C1 and c2\", \"C2 and c1\", \"C1\" or \"C2\", each stripped of .?, and blanks (released program)."
-    one, two = (c.strip(".?, ") for c in captions)
-    form = rng.randrange(4) if rng else 0
-    return (f"{one.capitalize()} and {two}", f"{two.capitalize()} and {one}", one.capitalize(), two.capitalize())[form]
-
-# %% ../nbs/02_data.ipynb #bd78aafb
-class FashionIQ(Triplets):
-    "FashionIQ's triplets: garments, two sentences each, three categories with a gallery each."
-    name, splits = "FashionIQ", ("train", "val", "test")
-
-    def __init__(self,
-        root: Path,                     # the folder that holds fashionIQ_dataset, or that folder
-        split: str,                     # train, val or test
-        categories: tuple = CATEGORIES, # one or more of dress, shirt, toptee
-        transform: Any = None,          # PIL -> tensor
-        protocol: str = "original",     # original: gallery of the split file; val: references and targets only
-        keep: bool = False,             # keep decoded pictures in memory
-        allow_missing: bool = False,    # go on without the pictures that are not there, loudly
-        seed: int = 0,                  # of the texts drawn in training
-    ):
-        self.root, split = data_folder(root, self.name), _split(self.name, split, self.splits)
-        self.categories, self.protocol = _categories(categories), protocol
-        read = {c: _usable(read_fashioniq(self.root, split, c)) for c in self.categories}
-        self._names = {c: gallery_names(found, protocol) for c, found in read.items()}
-        union = Annotations(list(dict.fromkeys(n for names in self._names.values() for n in names)))
-        union.paths = dict.fromkeys(union.names)
-        gallery = Gallery(union.names, locate(self.root, union), transform, self.root, keep)
-        self._set(split, [t for found in read.values() for t in found.triplets], gallery, seed)
-        if allow_missing: self.require_pictures(allow_missing=True)
-
-    def caption(self, i: int) -> str:
-        "The text of triplet `i`: drawn anew each epoch in train, fixed elsewhere."
-        rng = random.Random(f"{self.seed} {self._epoch.item()} {i}") if self.split == "train" else None
-        return fashioniq_text(self.triplets[i].captions, rng)
-
-# %% ../nbs/02_data.ipynb #3e524d77
-def gallery_names(
-    found: Annotations,         # of one category
-    protocol: str = "original", # original or val
-) -> list:
-    "The names that a protocol ranks."
-    if protocol not in ("original", "val"): raise CalaError(f"no protocol {protocol!r}; there are original and val")
-    if protocol == "original": return found.names
-    if any(t.target is None for t in found.triplets): raise CalaError("protocol val needs targets; this split has none")
-    used = {t.reference for t in found.triplets} | {t.target for t in found.triplets}
-    return [n for n in found.names if n in used]
-
-@patch(as_prop=True)
-def galleries(self: FashionIQ) -> dict:
-    "{category: (g,) positions of its own gallery in `.gallery`, the union}"
-    return {c: self.gallery.positions(names) for c, names in self._names.items()}
-
-@patch(as_prop=True)
-def queries(self: FashionIQ) -> dict:
-    "{category: (q,) numbers of its triplets}"
-    at = lambda c: [i for i, t in enumerate(self.triplets) if t.category == c]
-    return {c: torch.tensor(at(c), dtype=torch.long) for c in self.categories}
-
-# %% ../nbs/02_data.ipynb #589dd7ab
 @patch
 def __getitem__(self: Triplets, i: int) -> dict:
     if self.pictures is self.gallery: self.require_pictures()
@@ -544,56 +509,145 @@ def __getitem__(self: Triplets, i: int) -> dict:
     return dict(reference=self.pictures[int(self.references[i])], target=target, caption=self.caption(i), index=i,
                 names=(self.triplets[i].reference, self.triplets[i].target))
 
-# %% ../nbs/02_data.ipynb #cef7d23a
-@patch
-def require_pictures(self: Triplets,
-    allow_missing: bool = False,  # leave out what is missing, and every triplet that needs it
-):                                # the data set itself
-    "Refuse a gallery with holes, or close the holes and say how many there were."
-    missing = self.gallery.missing
-    if not missing: return self
-    first = self.gallery.paths[self.gallery.position(missing[0])]
-    count = f"{len(missing):,} of {len(self.gallery):,} pictures of {self.name} {self.split} are missing"
-    if not allow_missing:
-        raise CalaError(f"{count}, the first is {first}; cala-check lists them, --allow-missing goes on without them")
-    self._leave_out(set(missing))
-    warnings.warn(f"{count} and left out, with {self.left_out['queries']:,} triplets that need them")
-    return self
+# %% ../nbs/02_data.ipynb #07e724c9
+def _known_split(cls, split):
+    "The published name of a split of `cls`, or a `CalaError`."
+    split = {"test1": cls.splits[-1], "test": cls.splits[-1]}.get(split, split)
+    if split not in cls.splits: raise CalaError(f"no split {split!r}; {cls.name} has {', '.join(cls.splits)}")
+    return split
 
-# %% ../nbs/02_data.ipynb #e63850f1
-@patch
-def _leave_out(self: Triplets, missing):
-    "Close the holes: a smaller gallery, and only triplets that need no missing picture."
-    gallery, before = copy(self.gallery), len(self)
-    kept = [i for i, name in enumerate(gallery.names) if name not in missing]
-    if not kept: raise CalaError(f"not one picture of {self.name} {self.split} is under {self.root}")
-    gallery.__init__([gallery.names[i] for i in kept], [gallery.paths[i] for i in kept], gallery.transform, gallery.root, gallery.kept is not None)
-    needs = lambda t: {t.reference, t.target, *(t.group if self.split != "train" else ())}
-    self.triplets = [t for t in self.triplets if not needs(t) & missing]
-    if hasattr(self, "_names"): self._names = {c: [n for n in names if n not in missing] for c, names in self._names.items()}
-    self.left_out = dict(pictures=len(missing), queries=before - len(self))
-    self.gallery = self.pictures = gallery
-    self._index()
+# %% ../nbs/02_data.ipynb #cd54d633
+class CIRR(Triplets):
+    "CIRR: natural pictures, one sentence a triplet, groups of six near neighbours."
+    name, splits = "CIRR", ("train", "val", "test1")
 
-# %% ../nbs/02_data.ipynb #68a16ae0
+    def __init__(self,
+        root: str | Path,             # the folder that holds cirr_dataset, or that folder itself
+        split: str,                   # train, val or test1
+        transform: Any = None,        # PIL -> tensor
+        keep: bool = False,           # keep pictures in memory once read
+        allow_missing: bool = False,  # go on without pictures that are missing
+        seed: int = 0,                # of the order of `Shuffled`
+    ):
+        self.root, split = data_folder(root, self.name), _known_split(type(self), split)
+        found = read_cirr(self.root, split).usable()
+        self._fill(split, found.triplets, Gallery(found.names, locate(self.root, found), transform, self.root, keep), seed)
+        if allow_missing: self.require_pictures(allow_missing)
+
+# %% ../nbs/02_data.ipynb #92d8a149
+@patch(as_prop=True)
+def groups(self: CIRR) -> torch.Tensor:
+    "Gallery positions of each triplet's six group members: (Q, 6) long."
+    return torch.stack([self.gallery.positions(t.group) for t in self.triplets])
+
+# %% ../nbs/02_data.ipynb #491dbcd2
+CATEGORIES = ("dress", "shirt", "toptee")
+
+def fashioniq_text(
+    captions: tuple,             # the two sentences
+    rng: random.Random = None,   # draws one of the four forms; None is validation's
+) -> str:
+    "\"C1 and c2\", \"C2 and c1\", \"C1\" or \"C2\", each stripped of .?, and blanks (CLIP4Cir)."
+    one, two = (caption.strip(".?, ") for caption in captions)
+    form = rng.randrange(4) if rng else 0
+    return (f"{one.capitalize()} and {two}", f"{two.capitalize()} and {one}", one.capitalize(), two.capitalize())[form]
+
+# %% ../nbs/02_data.ipynb #9ec6951d
+def gallery_names(
+    found: Annotations,         # of one category
+    protocol: str = "original", # original: all names; val: references and targets only
+) -> list:                      # in the order of the split file
+    "The names that a protocol ranks."
+    if protocol not in ("original", "val"): raise CalaError(f"no protocol {protocol!r}; there are original and val")
+    if protocol == "original": return found.names
+    if any(t.target is None for t in found.triplets): raise CalaError("protocol val ranks references and targets; this split has no targets")
+    used = {name for t in found.triplets for name in (t.reference, t.target)}
+    return [name for name in found.names if name in used]
+
+# %% ../nbs/02_data.ipynb #8ce979ea
+def _known_categories(categories):
+    "The categories asked for (\"dress,shirt\" will do), in published order, or a `CalaError`."
+    asked = categories.replace(",", " ").split() if isinstance(categories, str) else list(categories)
+    if asked and set(asked) <= set(CATEGORIES): return tuple(c for c in CATEGORIES if c in asked)
+    raise CalaError(f"no categories {', '.join(map(str, asked)) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}")
+
+# %% ../nbs/02_data.ipynb #f8795024
+class FashionIQ(Triplets):
+    "FashionIQ: garments, two sentences a triplet, three categories with a gallery each."
+    name, splits = "FashionIQ", ("train", "val", "test")
+
+    def __init__(self,
+        root: str | Path,               # the folder that holds fashionIQ_dataset, or that folder itself
+        split: str,                     # train, val or test
+        categories: tuple = CATEGORIES, # some of dress, shirt, toptee
+        transform: Any = None,          # PIL -> tensor
+        protocol: str = "original",     # original: all names of the split file; val: references and targets
+        keep: bool = False,             # keep pictures in memory once read
+        allow_missing: bool = False,    # go on without pictures that are missing
+        seed: int = 0,                  # of the texts drawn in training and of the order of `Shuffled`
+    ):
+        self.root, split = data_folder(root, self.name), _known_split(type(self), split)
+        self.categories, self.protocol = _known_categories(categories), protocol
+        parts = {c: read_fashioniq(self.root, split, c).usable() for c in self.categories}
+        self._names = {c: gallery_names(found, protocol) for c, found in parts.items()}
+        union = dict.fromkeys(name for names in self._names.values() for name in names)
+        gallery = Gallery(union, locate(self.root, Annotations(list(union), union)), transform, self.root, keep)
+        self._fill(split, [t for found in parts.values() for t in found.triplets], gallery, seed)
+        if allow_missing: self.require_pictures(allow_missing)
+
+# %% ../nbs/02_data.ipynb #ce1336f3
+@patch(as_prop=True)
+def queries(self: FashionIQ) -> dict:
+    "{category: numbers of its triplets, (q,) long}"
+    return {c: torch.tensor([i for i, t in enumerate(self.triplets) if t.category == c], dtype=torch.long) for c in self.categories}
+
+# %% ../nbs/02_data.ipynb #9d12a602
+@patch(as_prop=True)
+def galleries(self: FashionIQ) -> dict:
+    "{category: positions in `.gallery` of the pictures that its queries rank, (g,) long}"
+    return {c: self.gallery.positions([n for n in names if n in self.gallery._position]) for c, names in self._names.items()}
+
+# %% ../nbs/02_data.ipynb #0d163378
+@patch
+def set_epoch(self: Triplets, epoch: int):
+    "From now on draw the texts and the order of `epoch`; workers that are running see it too."
+    self._epoch[0] = epoch
+
+@patch
+def caption(self: FashionIQ, i: int) -> str:
+    "The text of triplet `i`: drawn by (seed, epoch, i) in train, \"c1 and c2\" elsewhere."
+    rng = random.Random(f"{self.seed} {self._epoch.item()} {i}") if self.split == "train" else None
+    return fashioniq_text(self.triplets[i].captions, rng)
+
+# %% ../nbs/02_data.ipynb #b015b794
 class Batch(NamedTuple):
     "Triplets side by side."
-    reference: torch.Tensor      # (B, 3, H, W) pictures or (B, N, w) tokens
+    reference: torch.Tensor      # (B, 3, H, W) pictures, or (B, N, w) tokens
     captions: list               # B strings
-    target: torch.Tensor | None  # as reference; None where unlabelled
+    target: torch.Tensor | None  # as reference; None where there are no labels
     index: torch.Tensor          # (B,) long: which triplets of the data set
 
 def collate(
-    items: list,  # of a `Triplets`
+    items: list,  # of a data set of triplets
 ) -> Batch:
-    "Items to a batch; for DataLoader(..., collate_fn=collate)."
+    "Items to a batch, for DataLoader(..., collate_fn=collate)."
     stacked = lambda key: None if items[0][key] is None else default_collate([item[key] for item in items])
     return Batch(stacked("reference"), [item["caption"] for item in items], stacked("target"), stacked("index"))
 
-# %% ../nbs/02_data.ipynb #e7af0bb5
+# %% ../nbs/02_data.ipynb #ab142cc6
+class Shuffled(Sampler):
+    "All triplets in an order that depends on (seed, epoch) of the data set and on nothing else; for DataLoader(..., sampler=)."
+    def __init__(self, dataset: Triplets): self.dataset = dataset
+    def __len__(self): return len(self.dataset)
+    def __iter__(self):
+        order = list(range(len(self.dataset)))
+        random.Random(f"{self.dataset.seed} {self.dataset._epoch.item()} order").shuffle(order)
+        return iter(order)
+
+# %% ../nbs/02_data.ipynb #8e195d3b
 def open_dataset(
     name: str,                       # CIRR or FashionIQ, in any case
-    root: Path,                      # the folder that holds the data sets
+    root: str | Path,                # the folder that holds the data sets
     split: str,                      # train, val, test or test1
     transform: Any = None,           # PIL -> tensor
     categories: tuple = CATEGORIES,  # of FashionIQ
@@ -605,64 +659,72 @@ def open_dataset(
     if str(name).lower() == "fashioniq": return FashionIQ(root, split, categories, transform, protocol, **options)
     raise CalaError(f"no data set {name!r}; there are CIRR and FashionIQ")
 
-# %% ../nbs/02_data.ipynb #740f1039
+# %% ../nbs/02_data.ipynb #2283fe15
 @dataclass
 class Audit:
-    "What a data root holds."
-    rows: list                                  # one dict a split (and category)
-    problems: list = field(default_factory=list) # each names a file
-    notes: list = field(default_factory=list)    # odd, yet usable
-    missing: list = field(default_factory=list)  # paths where no picture is
-    broken: list = field(default_factory=list)   # paths where something else is, with the reason
+    "What lies under a data root, and what is wrong with it."
+    rows: list = field(default_factory=list)      # one dict a split and category
+    problems: list = field(default_factory=list)  # sentences about annotations; each names a file
+    notes: list = field(default_factory=list)     # odd, yet usable
+    missing: list = field(default_factory=list)   # paths where a picture should be
+    broken: list = field(default_factory=list)    # sentences about files that are no picture
 
     @property
     def ok(self): return not (self.problems or self.missing or self.broken)
 
-    def table(self): return pd.DataFrame(self.rows)
+    def table(self):
+        "The counts as a DataFrame; `val gallery` is the gallery of FashionIQ's other protocol."
+        return pd.DataFrame(self.rows).convert_dtypes()
 
-# %% ../nbs/02_data.ipynb #d17dd116
-def _broken(path, root, deep):
-    "Why the file at `path` is no picture, or None."
-    if _leaves(path, root): return f"{path} is a link out of {root}"
-    if os.path.getsize(path) == 0: return f"{path} is empty (0 bytes)"
+# %% ../nbs/02_data.ipynb #b362435b
+def _why_broken(path, root, deep):
+    "Why the file at `path` is no picture, or None if it seems to be one."
+    if _leaves(path, root): return f"{path} is a link out of {root}; put the picture itself there"
+    if os.path.getsize(path) == 0: return f"{path} is empty (0 bytes); fetch it again"
     try:
         if deep: read_picture(path)
     except CalaError as error: return str(error)
 
+# %% ../nbs/02_data.ipynb #fe25df3d
 def _audit_pictures(paths, root, deep, title):
-    "Which of `paths` are missing and which broken."
-    there = [p for p in paths if os.path.isfile(p)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside Python's lock
-        reasons = pool.map(lambda p: _broken(p, root, deep), there)
-        broken = [r for r in tqdm(reasons, title, len(there), disable=not deep, leave=False) if r]
-    return [p for p in paths if not os.path.isfile(p)], broken
+    "Of `paths`: which are missing, and why which are broken."
+    there = [path for path in paths if os.path.isfile(path)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of bombs; they will be in the list
+        reasons = pool.map(partial(_why_broken, root=root, deep=deep), there)
+        broken = [reason for reason in tqdm(reasons, title, len(there), disable=None if deep else True, leave=False) if reason]
+    return sorted(set(paths) - set(there)), broken
 
-# %% ../nbs/02_data.ipynb #4691623b
-def _audit_split(audit, name, folder, split, category, deep):
-    "One row of the table."
-    row = dict(data=name, split=split, category=category, triplets=0, pictures=0, present=0, missing=0, broken=0)
-    audit.rows.append(row)
-    try: found = read_cirr(folder, split) if name == "CIRR" else read_fashioniq(folder, split, category)
-    except CalaError as error: return audit.problems.append(str(error))
-    missing, broken = _audit_pictures(locate(folder, found), folder, deep, f"{name} {split} {category}")
-    row.update(triplets=len(found.triplets), pictures=len(found.names), missing=len(missing), broken=len(broken),
-               present=len(found.names) - len(missing) - len(broken))
-    labelled = found.triplets and all(t.target for t in found.triplets)
-    if name == "FashionIQ" and labelled: row["val gallery"] = len(gallery_names(found, "val"))
-    audit.problems += found.faults; audit.notes += found.notes; audit.missing += missing; audit.broken += broken
+# %% ../nbs/02_data.ipynb #7737e2a6
+def _audit_split(result, name, folder, split, category, found, pictures, deep):
+    "One row, and what is wrong with it."
+    missing, broken = _audit_pictures(locate(folder, found, pictures), folder, deep, f"{name} {category} {split}")
+    row = dict(dataset=name, split=split, category=category, triplets=len(found.triplets), pictures=len(found.names),
+               present=len(found.names) - len(missing) - len(broken), missing=len(missing), broken=len(broken))
+    if category and found.triplets and all(t.target for t in found.triplets): row["val gallery"] = len(gallery_names(found, "val"))
+    result.rows.append(row)
+    for mine, its in zip((result.problems, result.notes, result.missing, result.broken), (found.faults, found.notes, missing, broken)): mine.extend(its)
 
-# %% ../nbs/02_data.ipynb #3f492a5e
+# %% ../nbs/02_data.ipynb #f8a5669b
+def _audit_dataset(result, cls, folder, deep):
+    "All rows of one data set."
+    pictures = find_pictures(folder, Annotations()) if cls is FashionIQ else None
+    for split in cls.splits:
+        for category in CATEGORIES if cls is FashionIQ else ("",):
+            found = read_fashioniq(folder, split, category) if category else read_cirr(folder, split)
+            _audit_split(result, cls.name, folder, split, category, found, pictures, deep)
+
+# %% ../nbs/02_data.ipynb #2191a897
 def audit(
-    root: Path,          # the folder that holds the data sets, or one data set's own
+    root: str | Path,    # the folder that holds the data sets, or one data set's own folder
     deep: bool = False,  # decode every picture too
 ) -> Audit:
-    "Count what is there, missing and broken, and check that annotations agree with each other."
-    found, result = {}, Audit([])
+    "Count what is there, missing and broken, and check that the annotations agree with each other."
+    result, folders = Audit(), {}
     for cls in (CIRR, FashionIQ):
-        try: found[cls] = data_folder(root, cls.name)
-        except CalaError as error: last = error
-    if not found: raise CalaError(f"{root} holds neither cirr_dataset nor fashionIQ_dataset; point --data-root at the folder that holds them")
-    for cls, folder in found.items():
-        for split in cls.splits:
-            for category in ("",) if cls is CIRR else CATEGORIES: _audit_split(result, cls.name, folder, split, category, deep)
+        try: folders[cls] = data_folder(root, cls.name)
+        except CalaError: pass
+    if not folders: raise CalaError(f"{root} holds neither cirr_dataset nor fashionIQ_dataset; point --data-root at the folder that does")
+    for cls, folder in folders.items(): _audit_dataset(result, cls, folder, deep)
+    result.missing, result.broken = list(dict.fromkeys(result.missing)), list(dict.fromkeys(result.broken))
     return result

@@ -1,8 +1,12 @@
-"What more than one test file needs."
+"LAVIS without network, for the tests that compare with it."
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
 
 VOCABULARY = """[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the a and make remove move red blue green star circle square two three larger smaller
-    dress shirt sleeve ##s ##less ##er long short is more less with . , ! ? ' - add in of to it un ##able cafe 在""".split()
+    dress shirt sleeve ##s ##less ##er long short is more less with . , ! ? ' - added in of to it un ##able cafe 在 " ( ) [ ] 3 d ##ec ##c""".split()
 
 
 def write_vocabulary(folder):
@@ -12,27 +16,43 @@ def write_vocabulary(folder):
     return path
 
 
-def lavis_model(folder, trunk=None, seed=0, trunk_layers=None):
-    """LAVIS's Blip2Qformer as `pretrain_vitL` builds it, random: its five ways to the network are closed.
+@contextmanager
+def offline_lavis(folder, **sizes):
+    """LAVIS's five ways to the network, led to `folder`: bert-base-uncased's tokenizer, configuration and weights (random), the trunk's file, the checkpoint.
 
-    They are tokenizer, configuration and weights of bert-base-uncased, the CLIP-L file, and the checkpoint, which is never asked for here.
-    `trunk` replaces the vision module."""
-    from unittest.mock import patch
-
-    import torch
+    `sizes` are those of BERT's configuration, full if left out."""
     from lavis.models import clip_vit
+    from lavis.models.blip2_models import blip2
+
+    tokenizer = blip2.BertTokenizer(str(write_vocabulary(folder)))
+    config = blip2.BertConfig(vocab_size=len(VOCABULARY), **sizes)
+    kept = lambda url, **options: str(Path(folder) / url.rsplit("/", 1)[-1])
+    with ExitStack() as stack:
+        for place, name, stand_in in [(blip2.BertTokenizer, "from_pretrained", lambda name: tokenizer), (blip2.BertConfig, "from_pretrained", lambda name: config),
+                                      (blip2.BertLMHeadModel, "from_pretrained", lambda name, config: blip2.BertLMHeadModel(config)),
+                                      (clip_vit, "download_cached_file", kept), (blip2, "download_cached_file", kept)]:
+            stack.enter_context(patch.object(place, name, stand_in))
+        yield
+
+
+def lavis_model(folder, trunk=None, seed=0, **sizes):
+    "LAVIS's Blip2Qformer as `pretrain_vitL` builds it, every tensor random; `trunk` replaces the vision module."
     from lavis.models.blip2_models import blip2
     from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 
-    write_vocabulary(folder)
-    tokenizer = blip2.BertTokenizer(str(Path(folder) / "vocab.txt"))
-    config = blip2.BertConfig(vocab_size=len(VOCABULARY), position_embedding_type="absolute")
     torch.manual_seed(seed)
-    vision = (lambda cls, *args: (trunk, blip2.LayerNorm(trunk.num_features))) if trunk is not None else None
-    torch.save({}, Path(folder) / "clip_vit_L.pth")
-    with patch.object(blip2.BertTokenizer, "from_pretrained", lambda name: tokenizer), \
-         patch.object(blip2.BertConfig, "from_pretrained", lambda name: config), \
-         patch.object(blip2.BertLMHeadModel, "from_pretrained", lambda name, config: blip2.BertLMHeadModel(config)), \
-         patch.object(clip_vit, "download_cached_file", lambda url, **options: str(Path(folder) / "clip_vit_L.pth")):
-        if vision is None: return Blip2Qformer(vit_model="clip_L", vit_precision="fp32").eval()
-        with patch.object(blip2.Blip2Base, "init_vision_encoder", classmethod(vision)): return Blip2Qformer(vit_model="clip_L").eval()
+    torch.save({}, Path(folder) / "clip_vit_L.pth")  # LAVIS takes what is in it, and here nothing is
+    with offline_lavis(folder, **sizes), ExitStack() as stack:
+        if trunk is not None:
+            stand_in = classmethod(lambda cls, *args: (trunk, blip2.LayerNorm(trunk.num_features)))
+            stack.enter_context(patch.object(blip2.Blip2Base, "init_vision_encoder", stand_in))
+        model = Blip2Qformer(vit_model="clip_L", vit_precision="fp32")
+    for name, parameter in model.named_parameters():  # biases and normalisations too, so that none can hide
+        if parameter.ndim < 2: torch.nn.init.normal_(parameter, mean=1. if ("orm" in name or "ln_" in name) and "weight" in name else 0., std=0.1)
+    return model.eval()
+
+
+def features(model, mode, images=None, captions=None):
+    "LAVIS's embeddings (B, L, d), with their gradients."
+    said = type(model).extract_features.__wrapped__(model, {"image": images, "text_input": captions}, mode=mode)
+    return getattr(said, f"{mode}_embeds")

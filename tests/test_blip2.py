@@ -1,0 +1,309 @@
+"BLIP-2: against LAVIS where it is installed, and against its published file format everywhere."
+import importlib.util
+import pickle
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lavis_helpers import VOCABULARY, features, lavis_model, offline_lavis, write_vocabulary
+from torch import nn
+
+import cala.blip2 as blip2
+from cala.blip2 import SIZES, FrozenTrunk, WordPieces, clip_tower, load_tower
+from cala.commands import CalaError
+from cala.encoders import make_backbone
+from cala.qformer import QFormer, load_lavis_state
+
+needs_lavis = pytest.mark.skipif(not importlib.util.find_spec("lavis"), reason="salesforce-lavis is not installed (it needs Python below 3.12)")
+CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
+SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+
+
+def say(backbone, images, captions):
+    "All three embeddings of a backbone."
+    with torch.no_grad():
+        tokens = backbone.trunk(images)
+        return tokens, backbone.image(tokens).tokens, backbone.text(captions).tokens, backbone.query(tokens, captions).tokens
+
+
+# Words
+
+@needs_lavis
+def test_tokenizer_gives_the_numbers_of_lavis(tmp_path):
+    with offline_lavis(tmp_path):
+        from lavis.models.blip2_models.blip2 import Blip2Base
+        theirs = Blip2Base.init_tokenizer()
+    ours = WordPieces(tmp_path / "vocab.txt")
+    captions = [*CAPTIONS, "", "  RED\tand\nblue ", "un-able?!", "\"three\" (3) d's", "naïve CAFÉ", "在 star在", "🙂 star\u200b \x00\u00ad", "[SEP] [DEC] star [dec]", "x" * 200]
+    for batch in [captions, *[[caption] for caption in captions]]:
+        wanted = theirs(batch, return_tensors="pt", padding=True)
+        ids, mask = ours(batch)
+        assert ids.tolist() == wanted.input_ids.tolist() and mask.tolist() == wanted.attention_mask.tolist()
+    assert len(ours) == len(theirs) == len(VOCABULARY) + 1 and ours.tool.token_to_id("[DEC]") == theirs.bos_token_id
+
+
+def test_a_caption_longer_than_bert_reads_is_cut(tmp_path):
+    ids, mask = WordPieces(write_vocabulary(tmp_path))(["star " * 600])
+    assert ids.shape == mask.shape == (1, 512) and ids[0, -1] == VOCABULARY.index("[SEP]")
+
+
+# The trunk
+
+@needs_lavis
+def test_open_clip_tower_equals_the_clip_L_module_of_lavis():
+    from lavis.models.clip_vit import VisionTransformer
+    torch.manual_seed(0)
+    theirs = VisionTransformer(input_resolution=56, patch_size=14, width=64, layers=4, heads=2, use_grad_checkpointing=False).eval()
+    for parameter in theirs.parameters(): nn.init.normal_(parameter, std=0.1)
+    ours = clip_tower(56, 64, layers=3, heads=2)  # LAVIS builds one block less than it is asked for
+    assert load_tower(ours, theirs.state_dict()) == []
+    images = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(FrozenTrunk(ours)(images), theirs(images), atol=1e-4, rtol=0)
+
+
+@needs_lavis
+def test_the_published_tower_has_21_blocks():
+    from lavis.models import clip_vit
+    with torch.device("meta"): theirs = clip_vit.VisionTransformer(224, 14, 1024, 22, 16, False)
+    with torch.device("meta"): ours = clip_tower()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert len(ours.transformer.resblocks) == 21
+
+
+# The whole model
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    "Files as published, from a random LAVIS model at full size with its ViT-L trunk, and what that model says of one picture."
+    pytest.importorskip("lavis")
+    folder = tmp_path_factory.mktemp("full")
+    model, images = lavis_model(folder), torch.randn(1, 3, 224, 224)
+    with torch.no_grad(): said = [model.visual_encoder(images), *(features(model, mode, images, CAPTIONS[:1]) for mode in ("image", "text", "multimodal"))]
+    state = model.state_dict()
+    torch.save(model.visual_encoder.state_dict(), folder / "clip_vit_L.pth")
+    torch.save({"model": {name: tensor for name, tensor in state.items() if not name.startswith(("visual_encoder.", "Qformer.cls."))}},
+               folder / "blip2_pretrained_vitL.pth")
+    yield folder, images, said
+    for path in folder.iterdir(): path.unlink()
+
+
+def same(own, theirs):
+    "Tokens of a 21-block trunk at random weights are large, so their bound is relative; embeddings are normalised."
+    assert (own[0] - theirs[0]).abs().max() <= 1e-4 * theirs[0].abs().max()
+    for ours, wanted in zip(own[1:], theirs[1:]): torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=0)
+
+
+def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
+    folder, images, said = full
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
+    with offline_lavis(folder): backbone = make_backbone("blip2")
+    assert type(backbone.trunk.module).__module__ == "lavis.models.clip_vit" and backbone.trunk.module.conv1.weight.dtype == torch.float32
+    assert len({id(backbone.trunk), *map(id, (backbone.textual, backbone.multimodal, backbone.visual))}) == 4 and backbone.dim == 768
+    same(say(backbone, images, CAPTIONS[:1]), said)
+
+
+def test_whole_model_without_lavis_equals_lavis(full, monkeypatch):
+    folder, images, said = full
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
+    monkeypatch.setattr(blip2, "_lavis_loader", lambda: None)
+    backbone = make_backbone("blip2", weights=str(folder), tokenizer=str(folder))
+    assert not backbone.save_trunk and backbone.config["weights"] == str(folder)
+    same(say(backbone, images, CAPTIONS[:1]), said)
+
+
+# One step of the released procedure
+
+class Stub(nn.Module):
+    "A trunk that costs nothing, for three LAVIS models."
+    num_features = 64
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(48, 17 * 64)
+
+    def forward(self, images): return self.project(images.flatten(1)).unflatten(1, (17, 64))
+
+
+def released_step(textual, multimodal, visual, hca, tac, reference, captions, target):
+    "Four calls of three LAVIS models, then TAC, HCA and the mixed loss, written out as the paper's program computes them."
+    F_c, F_r = features(textual, "text", captions=captions), features(multimodal, "multimodal", reference, captions)
+    F_t, F_r_alone = features(visual, "image", target), features(visual, "image", reference)
+    z_qtm = 100 * F.normalize(F_r[:, 0] + F_c[:, 0], dim=-1) @ F.normalize(F_t[:, 0], dim=-1).T
+    z_ctr, z_tbia = 10 * F_c[:, 0] @ tac(F_r_alone, F_t).T, 10 * hca(F_r, F_c, F_t) @ F_r[:, 0].T
+    rows = torch.arange(len(captions))
+    return 0.1 * F.cross_entropy(z_tbia, rows) + 0.9 * F.cross_entropy(0.45 * z_ctr + 0.55 * z_qtm, rows)
+
+
+@needs_lavis
+def test_released_step_with_three_lavis_models_equals_ours_with_one_trunk(tmp_path):
+    from cala.model import CaLa
+    trunk = Stub().eval()
+    three = [lavis_model(tmp_path, trunk, seed, **SMALL) for seed in (1, 2, 3)]
+    qformer = QFormer(width=64, layers=3, heads=4, vision_width=64, vocabulary=len(VOCABULARY) + 1)
+    backbone = blip2.Blip2(FrozenTrunk(trunk), qformer, WordPieces(tmp_path / "vocab.txt"), 4, {})
+    for role, theirs in zip(("textual", "multimodal", "visual"), three): load_lavis_state(getattr(backbone, role), theirs.state_dict())
+    model = CaLa(backbone).eval()
+    reference, target = torch.randn(2, 4, 3, 4, 4)
+    backbone.fine_tune("both")
+    ours = model(reference, CAPTIONS, target).total
+    theirs = released_step(*three, model.hca, model.tac, reference, CAPTIONS, target)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    ours.backward(); theirs.backward()
+    for role, lavis in zip(("textual", "multimodal", "visual"), three):
+        wanted = dict(lavis.named_parameters())
+        for name, parameter in getattr(backbone, role).named_parameters():
+            if parameter.grad is None: continue
+            scale = max(1e-2, wanted[name].grad.abs().max().item())
+            assert (parameter.grad - wanted[name].grad).abs().max() <= 1e-3 * scale, (role, name)
+
+
+# Which tensors train
+
+@pytest.mark.parametrize("mode, roles", [("both", {"textual", "multimodal", "visual"}), ("multi", {"textual", "multimodal"}), ("text", {"textual"})])
+def test_a_mode_trains_exactly_the_tensors_that_get_a_gradient(mode, roles):
+    backbone = make_backbone("blip2", random_weights="small")
+    names, images = backbone.fine_tune(mode), torch.randn(2, 3, 56, 56)
+    tokens = backbone.train().trunk(images)
+    sum(e.tokens.sum() for e in (backbone.image(tokens), backbone.text(CAPTIONS[:2]), backbone.query(tokens, CAPTIONS[:2]))).backward()
+    assert sorted(names) == sorted(name for name, p in backbone.named_parameters() if p.grad is not None)
+    assert {name.split(".")[0] for name in names} == roles
+    assert not any("ln_vision" in name or name.startswith("trunk.") for name in names) and not backbone.trunk.training
+
+
+def test_full_size_trains_what_the_table_says():
+    with torch.device("meta"): backbone = blip2.Blip2(FrozenTrunk(clip_tower()), QFormer(), None, 224, {})
+    sizes = {mode: sum(p.numel() for p in backbone.parameters() if p.requires_grad) for mode in ("both", "multi", "text") if backbone.fine_tune(mode)}
+    assert sizes == dict(both=387_908_352, multi=286_306_560, text=108_892_416)
+
+
+# Files, as published, where LAVIS is not needed
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    "The published files at a reduced size, and a house for which this is the full size and LAVIS is absent."
+    small = {**SIZES["small"], "qformer": {**SIZES["small"]["qformer"], "vocabulary": len(write_vocabulary(tmp_path).read_text().split()) + 1}}
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": small})
+    monkeypatch.setattr(blip2, "_lavis_loader", lambda: None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    qformer, tower = QFormer(**small["qformer"]), clip_tower(**small["trunk"])
+    state = {**qformer.state_dict(), "Qformer.cls.predictions.bias": torch.zeros(3), "temp": torch.tensor(0.07), "vision_proj.weight": torch.zeros(2, 2),
+             "Qformer.bert.embeddings.position_ids": torch.arange(512)[None]}
+    torch.save({"model": state}, tmp_path / "blip2_pretrained_vitL.pth")
+    torch.save({**tower.half().state_dict(), "ln_post.weight": torch.ones(64)}, tmp_path / "clip_vit_L.pth")
+    return tmp_path, qformer.eval(), tower.float()
+
+
+def no_network(url, *args, **options): raise urllib.error.URLError("Name or service not known")
+
+
+def test_published_files_are_read_back_without_lavis(published):
+    folder, qformer, tower = published
+    for place in (folder, folder / "blip2_pretrained_vitL.pth"):
+        backbone, images = make_backbone("blip2", weights=str(place)), torch.randn(2, 3, 56, 56)  # vocab.txt lies beside
+        tokens, image, text, query = say(backbone, images, CAPTIONS[:2])
+        with torch.no_grad(): torch.testing.assert_close(image, qformer.image(FrozenTrunk(tower)(images)))
+        for role in (backbone.textual, backbone.multimodal, backbone.visual):
+            assert all(torch.equal(tensor, role.state_dict()[name]) for name, tensor in qformer.state_dict().items())
+
+
+def test_trunk_inside_the_file_serves_as_well(published):
+    folder, qformer, tower = published
+    state = torch.load(folder / "blip2_pretrained_vitL.pth", weights_only=True)["model"]
+    (folder / "clip_vit_L.pth").unlink()
+    torch.save({"model": {**state, **{f"visual_encoder.{n}": t for n, t in tower.state_dict().items()}}}, folder / "blip2_pretrained_vitL.pth")
+    backbone = make_backbone("blip2", weights=str(folder), tokenizer=str(folder / "vocab.txt"))
+    assert torch.equal(backbone.trunk.module.conv1.weight, tower.conv1.weight)
+
+
+def test_a_url_is_fetched_once_into_the_cache_that_lavis_uses(published, monkeypatch):
+    folder, qformer, tower = published
+    fetched = []
+
+    def network(url, to, *args, **options):
+        fetched.append(url)
+        Path(to).write_bytes((folder / Path(to).name).read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", network)
+    for _ in range(2): make_backbone("blip2", tokenizer=str(folder))
+    assert fetched == [blip2.LAVIS_FILES + name for name in ("blip2_pretrained_vitL.pth", "clip_vit_L.pth")]
+
+
+def test_no_network_names_file_url_and_flag(published):
+    folder, *_ = published
+    for name, flag, options in [("blip2_pretrained_vitL.pth", "--backbone-weights", {}), ("vocab.txt", "--tokenizer", dict(weights=str(folder), tokenizer="nowhere"))]:
+        with pytest.raises(CalaError) as said: make_backbone("blip2", **options)
+        line = str(said.value)
+        assert name in line and f"/{name}" in line and "https://" in line and flag in line and "\n" not in line
+
+
+def test_no_network_and_no_cached_vocabulary_is_one_line(published, monkeypatch):
+    import huggingface_hub
+    folder, *_ = published
+    (folder / "vocab.txt").unlink()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    with pytest.raises(CalaError, match=r"vocab.txt is missing .*huggingface.co/bert-base-uncased.*--tokenizer"): make_backbone("blip2", weights=str(folder))
+
+
+def test_vit_g_without_lavis_says_what_it_needs(published):
+    with pytest.raises(CalaError, match="salesforce-lavis, which needs Python below 3.12"): make_backbone("blip2", model_name="pretrain")
+
+
+class Bomb:
+    def __init__(self, folder): self.folder = str(folder)
+    def __reduce__(self): return Path.mkdir, (Path(self.folder) / "exploded",)
+
+
+@pytest.mark.parametrize("write", [
+    lambda bomb, path: torch.save({"model": bomb}, path), lambda bomb, path: torch.save({"model": bomb}, path, _use_new_zipfile_serialization=False),
+    lambda bomb, path: path.write_bytes(pickle.dumps({"model": bomb}))], ids=["torch", "old torch", "pickle"])
+def test_a_file_that_would_execute_code_is_refused(published, write):
+    folder, *_ = published
+    write(Bomb(folder), folder / "blip2_pretrained_vitL.pth")
+    with pytest.raises(CalaError, match="could execute code"): make_backbone("blip2", weights=str(folder))
+    assert not (folder / "exploded").exists()
+
+
+def test_files_that_are_something_else_are_one_line(published):
+    folder, *_ = published
+    path, whole = folder / "blip2_pretrained_vitL.pth", (folder / "blip2_pretrained_vitL.pth").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"<html>404</html>", b"\x80\x04K\x01."):
+        path.write_bytes(content)
+        with pytest.raises(CalaError, match="blip2_pretrained_vitL.pth"): make_backbone("blip2", weights=str(folder))
+    for content in ([1], {}, {"model": 3}, {"model": {}}, {"model": {"ln_vision.weight": torch.ones(64)}}, {"model": {"ln_vision.weight": "x"}}, {"model": {1: 2}}):
+        torch.save(content, path)
+        with pytest.raises(CalaError): make_backbone("blip2", weights=str(folder))
+    path.write_bytes(whole); torch.save({"conv1.weight": torch.zeros(1)}, folder / "clip_vit_L.pth")
+    with pytest.raises(CalaError, match="not the weights of this trunk"): make_backbone("blip2", weights=str(folder))
+
+
+def test_a_vocabulary_of_another_size_is_refused(published):
+    folder, *_ = published
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY[:-3]))
+    with pytest.raises(CalaError, match="--tokenizer"): make_backbone("blip2", weights=str(folder))
+
+
+# Random weights
+
+def test_random_weights_come_only_by_flag_and_say_so(published, capsys):
+    backbone = make_backbone("blip2", random_weights="small")
+    assert "RANDOM WEIGHTS (small)" in capsys.readouterr().err and backbone.save_trunk
+    again, images = make_backbone(**backbone.config), torch.randn(2, 3, 56, 56)
+    for one, two in zip(say(backbone, images, CAPTIONS[:2]), say(again, images, CAPTIONS[:2])): assert torch.equal(one, two)
+    with pytest.raises(CalaError, match="is missing"): make_backbone("blip2")
+
+
+def test_precision_of_the_trunk_is_a_choice():
+    images = torch.randn(1, 3, 56, 56)
+    tokens = {kind: make_backbone("blip2", random_weights="small", precision=kind).trunk(images) for kind in ("auto", "fp32", "bf16", "fp16")}
+    assert [t.dtype for t in tokens.values()][:2] == [torch.float32] * 2 and torch.equal(tokens["auto"], tokens["fp32"])
+    for kind in ("bf16", "fp16"): torch.testing.assert_close(tokens[kind].float(), tokens["fp32"], atol=0.1, rtol=0.05)
+    with pytest.raises(CalaError, match="choose auto"): make_backbone("blip2", random_weights="small", precision="int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_trunk_runs_in_float16_on_a_gpu():
+    backbone = make_backbone("blip2", random_weights="small").cuda()
+    assert backbone.trunk(torch.randn(1, 3, 56, 56).cuda()).dtype == torch.float16

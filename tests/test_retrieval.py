@@ -1,0 +1,320 @@
+"""Ranks, metrics and submission files, against slow and plain versions of themselves."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cala.commands import CalaError
+from cala.composition import Artemis
+from cala.composition import Combiner
+from cala.composition import Sum
+from cala.data import CIRR
+from cala.data import FashionIQ
+from cala.data import Triplet
+from cala.encoders import make_backbone
+from cala.model import CaLa
+from cala.retrieval import chance
+from cala.retrieval import check_cirr_submission
+from cala.retrieval import cirr_metrics
+from cala.retrieval import embed
+from cala.retrieval import evaluate
+from cala.retrieval import fashioniq_metrics
+from cala.retrieval import group_ranks
+from cala.retrieval import measure
+from cala.retrieval import rank_queries
+from cala.retrieval import submission_faults
+from cala.retrieval import target_ranks
+from cala.retrieval import target_ties
+from cala.retrieval import top_k
+from cala.retrieval import write_cirr_submission
+from cala.worlds import draw_cirr
+from cala.worlds import draw_fashioniq
+
+
+def problem(seed, Q=37, N=53, ties=False):
+    "Scores, references, targets and groups, all drawn; a group holds its reference and its target."
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 6, (Q, N)).astype("float32") if ties else random.standard_normal((Q, N)).astype("float32")
+    groups = np.stack([random.permutation(N)[:6] for _ in range(Q)])
+    places = np.stack([random.permutation(6)[:2] for _ in range(Q)])
+    references, targets = groups[np.arange(Q), places[:, 0]], groups[np.arange(Q), places[:, 1]]
+    return [torch.from_numpy(x) for x in (scores, references, targets, groups)]
+
+
+def slow_rank(row, target, candidates):
+    "Sort the candidates, best first, the target before its equals; look where it is."
+    ordered = sorted(candidates, key=lambda n: (-float(row[n]), n != target))
+    return ordered.index(target) + 1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_equal_those_of_plain_python_sorting(seed, ties):
+    scores, references, targets, groups = problem(seed, ties=ties)
+    rows = list(zip(scores, references.tolist(), targets.tolist(), groups.tolist()))
+    everything = range(scores.shape[1])
+    assert target_ranks(scores, targets).tolist() == [slow_rank(s, t, everything) for s, r, t, g in rows]
+    left_out = [slow_rank(s, t, [n for n in everything if n != r]) for s, r, t, g in rows]
+    assert target_ranks(scores, targets, references).tolist() == left_out
+    assert group_ranks(scores, references, targets, groups).tolist() == [slow_rank(s, t, [n for n in g if n != r]) for s, r, t, g in rows]
+    equals = [sum(bool(s[n] == s[t]) for n in everything if n not in (t, r)) for s, r, t, g in rows]
+    assert target_ties(scores, targets, references).tolist() == equals
+
+
+def test_metrics_equal_the_released_programs_way_of_sorting_names():
+    scores, references, targets, groups = problem(1, Q=200, N=90)
+    names = np.array([f"dev-{i}" for i in range(90)])
+    ranked = names[np.argsort(-scores.numpy(), axis=1)]
+    kept = ranked[ranked != names[references.numpy()][:, None]].reshape(200, 89)          # the reference removed
+    hits = kept == names[targets.numpy()][:, None]
+    members = np.stack([[n for n in row if n in set(names[g])] for row, g in zip(kept, groups.numpy())])
+    near = members == names[targets.numpy()][:, None]
+    expected = {f"recall_at{k}": 100 * hits[:, :k].sum() / 200 for k in (1, 5, 10, 50)}
+    expected |= {f"group_recall_at{k}": 100 * near[:, :k].sum() / 200 for k in (1, 2, 3)}
+    assert cirr_metrics(scores, references, targets, groups) == pytest.approx(expected)
+    whole = ranked == names[targets.numpy()][:, None]
+    assert fashioniq_metrics(scores, targets) == pytest.approx({f"recall_at{k}": 100 * whole[:, :k].sum() / 200 for k in (10, 50)})
+
+
+def test_an_excluded_column_never_counts_whatever_it_scores():
+    scores, references, targets, _ = problem(2)
+    expected = target_ranks(scores, targets, references)
+    for value in (1e9, -1e9, float("inf"), float("-inf")):
+        changed = scores.scatter(1, references[:, None], value)
+        assert torch.equal(target_ranks(changed, targets, references), expected)
+
+
+def test_nan_is_refused_and_infinities_are_not():
+    scores, references, targets, groups = problem(3)
+    scores[0, 0], scores[1, 1] = float("inf"), float("-inf")
+    target_ranks(scores, targets)
+    scores[5, 7] = float("nan")
+    for call in (lambda: target_ranks(scores, targets), lambda: cirr_metrics(scores, references, targets, groups)):
+        with pytest.raises(CalaError, match="1 of 1,961 scores are NaN"): call()
+
+
+def test_half_precision_scores_rank_like_their_float_values():
+    scores, references, targets, _ = problem(4)
+    half = scores.half()
+    assert torch.equal(target_ranks(half, targets, references), target_ranks(half.float(), targets, references))
+
+
+FRAMES = {"sum": Sum, "artemis": lambda: Artemis(16), "combiner": lambda: Combiner(16, projection_dim=32, hidden_dim=64)}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_chunked_ranks_and_top_k_equal_the_whole_table(name):
+    torch.manual_seed(0)
+    frame, (_, references, targets, groups) = FRAMES[name](), problem(5, Q=40, N=300)
+    reference, text, gallery = torch.randn(40, 16), torch.randn(40, 16), torch.randn(300, 16)
+    with torch.no_grad(): scores = frame.eval().scores(reference, text, gallery)
+    frame.train()                                                                       # dropout must not matter
+    for held in (1, 301, 3000, 2**26):
+        found = rank_queries(frame, reference, text, gallery, targets, references, groups, held=held)
+        assert torch.equal(found.rank, target_ranks(scores, targets, references))
+        assert torch.equal(found.group, group_ranks(scores, references, targets, groups))
+        best = top_k(frame, reference, text, gallery, 7, exclude=references, held=held)
+        assert torch.equal(best.positions, scores.scatter(1, references[:, None], -torch.inf).topk(7).indices)
+    assert frame.training
+
+
+class Largest(TorchDispatchMode):
+    "The largest tensor that any operation makes, in bytes."
+    bytes = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and not t._is_view(): self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+def test_a_long_gallery_is_never_met_by_all_queries_at_once():
+    N, Q, d, held = 100_000, 200, 8, 2**20                     # a million and ten thousand, scaled down by ten and fifty
+    reference, text, gallery = torch.randn(Q, d), torch.randn(Q, d), torch.randn(N, d)
+    targets, references = torch.arange(Q), torch.arange(Q) + Q
+    with Largest() as largest: found = rank_queries(Sum(), reference, text, gallery, targets, references, held=held)
+    assert largest.bytes <= 4 * held                           # one buffer; the whole table has 80 MB
+    with Largest() as largest: best = top_k(Sum(), reference, text, gallery, 50, exclude=references, held=held)
+    assert largest.bytes <= 4 * held
+    some = torch.arange(0, Q, 25)
+    scores = Sum().scores(reference[some], text[some], gallery)
+    assert torch.equal(found.rank[some], target_ranks(scores, targets[some], references[some]))
+    assert torch.equal(best.positions[some][:, 0], scores.scatter(1, references[some][:, None], -torch.inf).argmax(1))
+
+
+def test_a_gallery_on_disk_ranks_like_one_in_memory(tmp_path):
+    gallery = np.memmap(tmp_path / "gallery", "float16", "w+", shape=(20_000, 8))
+    gallery[:] = np.random.default_rng(0).standard_normal((20_000, 8))
+    ask, targets = torch.randn(5, 8), torch.arange(5)
+    a = rank_queries(Sum(), ask, ask, gallery, targets, held=40_000)
+    b = rank_queries(Sum(), ask, ask, torch.tensor(np.array(gallery)), targets, held=2**26)
+    assert torch.equal(a.rank, b.rank)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    draw_cirr(root, train=1, val=10, test1=10, size=32)
+    draw_fashioniq(root, train=1, val=12, test=2, size=32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    words = "make the a red blue star circle smaller larger move it left sleeves longer".split()
+    return CaLa(make_backbone("tiny", vocabulary=words, width=32, heads=2, layers=2)).train()
+
+
+def open_cirr(world, model, split): return CIRR(world, split, model.backbone.transform("targetpad", 1.25))
+
+
+def test_embedding_sends_each_picture_through_the_trunk_once(world, model):
+    val, seen = open_cirr(world, model, "val"), []
+    hook = model.backbone.trunk.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    try:
+        embed(model, val, batch_size=16, progress=False)
+        assert sum(seen) == len(val.gallery)
+        seen.clear(); embed(model, val, batch_size=16, keep=0, progress=False)
+        assert sum(seen) == len(val.gallery) + len(val.references.unique())
+    finally: hook.remove()
+
+
+def test_embeddings_do_not_depend_on_batches_memory_workers_or_cached_tokens(world, model):
+    val, modes = open_cirr(world, model, "val"), [part.training for part in model.modules()]
+    first = embed(model, val, batch_size=64, progress=False)
+    others = [embed(model, val, batch_size=7, progress=False), embed(model, val, batch_size=7, keep=0, workers=1, progress=False)]
+    with torch.no_grad(): val.pictures = [model.eval().tokens(val.gallery[i][None])[0] for i in range(len(val.gallery))]
+    others.append(embed(model.train(), val, progress=False))
+    for other in others:
+        for a, b in zip(first, other): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert model.training and [part.training for part in model.modules()] == modes
+
+
+def test_evaluation_is_the_plain_loop_over_queries(world, model):
+    val = open_cirr(world, model, "val")
+    result = evaluate(model, val, progress=False)
+    model.eval()
+    with torch.no_grad():
+        gallery = model.embed_gallery(torch.stack([val.gallery[i] for i in range(len(val.gallery))]))
+        for row, triplet in zip(result.ranks.to_dict("records"), val.triplets):
+            ask = model.embed_queries(val.gallery[val.gallery.position(triplet.reference)][None], [triplet.captions[0]])
+            scores = dict(zip(val.gallery.names, model.frame.scores(*ask, gallery)[0].tolist()))
+            rank = 1 + sum(s > scores[triplet.target] + 1e-3 for n, s in scores.items() if n != triplet.reference)
+            assert (row["pair_id"], row["reference"], row["target"]) == (triplet.pair_id, triplet.reference, triplet.target)
+            assert rank <= row["rank"] <= 1 + sum(s > scores[triplet.target] - 1e-3 for n, s in scores.items() if n not in (triplet.reference, triplet.target))
+    model.train()
+    assert result["gallery"] == len(val.gallery) and result["queries"] == len(val) and result["missing"] == 0
+    seven = [result[k] for k in result if k.startswith(("recall", "group_recall"))]
+    assert len(seven) == 7 and result["mean"] == pytest.approx(sum(seven) / 7)
+    assert result["recall_at10"] == pytest.approx(100 * (result.ranks["rank"] <= 10).mean())
+    json.dumps(result)
+
+
+def test_fashioniq_is_ranked_a_category_at_a_time_under_a_named_protocol(world, model):
+    transform = model.backbone.transform("targetpad", 1.25)
+    for protocol in ("original", "val"):
+        together = evaluate(model, FashionIQ(world, "val", ("dress", "toptee"), transform, protocol), progress=False)
+        apart = [FashionIQ(world, "val", (c,), transform, protocol) for c in ("dress", "toptee")]
+        assert evaluate(model, apart, progress=False) == pytest.approx(together)
+        assert together["protocol"] == protocol and together["dress_gallery"] == len(apart[0].gallery)
+        assert together["recall_at10"] == pytest.approx((together["dress_recall_at10"] + together["toptee_recall_at10"]) / 2)
+        assert together["mean"] == pytest.approx((together["recall_at10"] + together["recall_at50"]) / 2)
+    with pytest.raises(CalaError, match="no published targets"): evaluate(model, FashionIQ(world, "test", ("dress",), transform))
+
+
+def test_missing_pictures_stop_an_evaluation_or_are_counted_in_its_result(tmp_path, model):
+    root = draw_cirr(tmp_path, train=1, val=4, test1=1, size=32)
+    gone = sorted(root.rglob("dev-*.png"))[0]
+    gone.unlink()
+    with pytest.raises(CalaError, match=r"1 of 24 pictures .* cala-check"): evaluate(model, open_cirr(root, model, "val"), progress=False)
+    with pytest.warns(UserWarning, match="1 of 24"): val = CIRR(root, "val", model.backbone.transform("targetpad", 1.25), allow_missing=True)
+    result = evaluate(model, val, progress=False)
+    assert (result["missing"], result["gallery"], result["queries"]) == (1, 23, len(val))
+
+
+def test_chance_is_what_random_scores_reach(world, model):
+    val = open_cirr(world, model, "val")
+    random = [cirr_metrics(torch.rand(len(val), len(val.gallery)), val.references, val.targets, val.groups) for _ in range(200)]
+    for key in random[0]: assert chance(val)[key] == pytest.approx(sum(r[key] for r in random) / 200, abs=1.5)
+
+
+def test_a_constant_scorer_is_shown_up_by_its_ties(world, model):
+    val = open_cirr(world, model, "val")
+    flat = embed(model, val, progress=False)
+    flat = flat._replace(gallery=torch.ones_like(flat.gallery))
+    result = measure(Sum(), flat, val)
+    assert result["recall_at1"] == 100 and result["ties"] == len(val)
+    assert (result.ranks["ties"] == len(val.gallery) - 2).all()
+
+
+@pytest.fixture
+def submission(world, model, tmp_path):
+    test1 = open_cirr(world, model, "test1")
+    return test1, write_cirr_submission(model.frame, embed(model, test1, progress=False), test1, tmp_path, "x")
+
+
+def test_submission_files_are_accepted_and_agree_with_the_ranking(submission):
+    test1, (recall, subset) = submission
+    assert (recall.name, subset.name) == ("recall_submission_x.json", "recall_subset_submission_x.json")
+    for path, metric, k in ((recall, "recall", 50), (subset, "recall_subset", 3)):
+        content = json.loads(path.read_text())
+        assert content.pop("version") == "rc2" and content.pop("metric") == metric
+        assert set(content) == {t.pair_id for t in test1.triplets} and {len(v) for v in content.values()} == {k}
+        check_cirr_submission(path, test1)
+
+
+DEFECTS = {
+    "pair ids are missing": lambda c, t: c.pop(t.pair_id),
+    "keys are no pair id": lambda c, t: c.update({"999999": c[t.pair_id]}),
+    "do not name": lambda c, t: c[t.pair_id].pop(),
+    "name a picture twice": lambda c, t: c[t.pair_id].__setitem__(0, c[t.pair_id][1]),
+    "name their own reference": lambda c, t: c[t.pair_id].__setitem__(0, t.reference),
+    "not in the split": lambda c, t: c[t.pair_id].__setitem__(0, "dev-0-0-img0"),
+    "are no lists of names": lambda c, t: c.update({t.pair_id: "test1-0-0-img0"}),
+    "version is 'rc1'": lambda c, t: c.update(version="rc1"),
+    "metric is None": lambda c, t: c.pop("metric"),
+}
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("fault", DEFECTS)
+def test_the_checker_names_each_defect_of_a_submission(submission, fault, metric):
+    test1, paths = submission
+    content = json.loads(paths[metric].read_text())
+    DEFECTS[fault](content, test1.triplets[3])
+    paths[metric].write_text(json.dumps(content))
+    with pytest.raises(CalaError, match=fault): check_cirr_submission(paths[metric], test1)
+
+
+def test_the_checker_names_a_stranger_in_a_subset_a_key_twice_a_large_file_and_a_file_that_is_none(submission, tmp_path):
+    test1, (recall, subset) = submission
+    content, triplet = json.loads(subset.read_text()), test1.triplets[0]
+    content[triplet.pair_id][0] = next(n for n in test1.gallery.names if n not in triplet.group)
+    subset.write_text(json.dumps(content))
+    assert submission_faults(subset, test1) == [f"1 queries name pictures outside their group, the first is {triplet.pair_id}"]
+    text = recall.read_text()
+    recall.write_text(text[:-1] + ',"version":"rc2"}')
+    assert submission_faults(recall, test1) == ["1 keys stand there twice, the first is version"]
+    recall.write_text(text + " " * 5_000_000)
+    assert "the server takes 5,000,000" in submission_faults(recall, test1)[0]
+    for bad in ("", "[]", "{", '{"version": "rc2"}'):
+        recall.write_text(bad)
+        assert submission_faults(recall, test1)
+    with pytest.raises(CalaError, match="cannot be read"): check_cirr_submission(tmp_path / "none.json", test1)
+
+
+def test_a_submission_of_the_published_size_is_under_the_servers_limit():
+    names = [f"test1-{i}-{i % 4}-img{i % 2}" for i in range(2315)]
+    content = {"version": "rc2", "metric": "recall"} | {str(12000 + q): [names[(q + i) % 2315] for i in range(50)] for q in range(4148)}
+    assert len(json.dumps(content, separators=(",", ":"))) < 4_500_000
+
+
+def test_a_data_set_that_is_too_small_for_a_submission_says_so(world, model, tmp_path):
+    root = draw_cirr(tmp_path, train=1, val=1, test1=5, size=32)
+    test1 = open_cirr(root, model, "test1")
+    with pytest.raises(CalaError, match="50 pictures a query, and test1 has 30"):
+        write_cirr_submission(model.frame, embed(model, test1, progress=False), test1, tmp_path)
