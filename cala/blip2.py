@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'LAVIS_FILES', 'BERT_FILES', 'PUBLISHED', 'SIZES', 'clip_tower', 'FrozenTrunk', 'WordPieces',
-           'find_vocabulary', 'HashedWords', 'Blip2', 'fetch', 'read_torch', 'load_tower', 'beside']
+           'find_vocabulary', 'HashedWords', 'Blip2', 'fetch', 'read_torch', 'load_tower', 'round_as_lavis', 'beside']
 
-# %% ../nbs/05_blip2.ipynb #b6f30ac4
+# %% ../nbs/05_blip2.ipynb #35ceefda
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -43,9 +44,10 @@ def clip_tower(
     tower.ln_post, tower.proj = nn.Identity(), None
     return tower
 
-# %% ../nbs/05_blip2.ipynb #cfa01a0b
+# %% ../nbs/05_blip2.ipynb #9e1a4812
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
+# %% ../nbs/05_blip2.ipynb #ca7eae61
 class FrozenTrunk(nn.Module):
     "A vision module that never trains: (B, 3, size, size) -> tokens (B, N, w), in half precision where that pays."
     def __init__(self, module, precision="auto"):
@@ -62,7 +64,7 @@ class FrozenTrunk(nn.Module):
         with torch.autocast(device, torch.bfloat16 if half is torch.float32 else half, enabled=half is not torch.float32):
             return self.module(images)
 
-# %% ../nbs/05_blip2.ipynb #e05a818f
+# %% ../nbs/05_blip2.ipynb #88c52ba7
 class WordPieces:
     "bert-base-uncased as LAVIS uses it: captions -> ids (B, L), mask (B, L), padded to the longest."
     def __init__(
@@ -76,9 +78,15 @@ class WordPieces:
 
     def __len__(self): return self.tool.get_vocab_size()
 
-    def __call__(self, captions):
-        read = self.tool.encode_batch(list(captions))
-        return torch.tensor([line.ids for line in read]), torch.tensor([line.attention_mask for line in read])
+# %% ../nbs/05_blip2.ipynb #2726c7ed
+@patch
+def __call__(
+    self: WordPieces,
+    captions: list,  # B sentences
+) -> tuple:          # ids (B, L) long, mask (B, L) long, 1 where a token is real
+    "Read a batch of sentences, padded to its longest."
+    read = self.tool.encode_batch(list(captions))
+    return torch.tensor([line.ids for line in read]), torch.tensor([line.attention_mask for line in read])
 
 # %% ../nbs/05_blip2.ipynb #0ec1ebfd
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -102,17 +110,19 @@ def find_vocabulary(
         why = f"no file {path}" if place else f"not in the cache, and not to be had: {type(error).__name__}"
         raise _missing("vocab.txt", BERT_FILES + "vocab.txt", "--tokenizer", why) from error
 
-# %% ../nbs/05_blip2.ipynb #f89aafe6
+# %% ../nbs/05_blip2.ipynb #cb827592
 class HashedWords:
     "Stands in for a vocabulary where weights are random: [CLS] is 1, [SEP] 2, padding 0, a word's number is its hash."
     def __init__(self, size: int, longest: int = 512): self.size, self.longest = size, longest
 
     def __len__(self): return self.size
 
+    def number(self, caption):
+        words = re.findall(r"\w+|[^\w\s]", caption.lower())[: self.longest - 2]
+        return torch.tensor([1, *(3 + crc32(word.encode()) % (self.size - 3) for word in words), 2])
+
     def __call__(self, captions):
-        lines = [re.findall(r"\w+|[^\w\s]", caption.lower())[: self.longest - 2] for caption in captions]
-        lines = [[1, *(3 + crc32(word.encode()) % (self.size - 3) for word in line), 2] for line in lines]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in lines], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence([self.number(caption) for caption in captions], batch_first=True)
         return ids, (ids > 0).long()
 
 # %% ../nbs/05_blip2.ipynb #b269179a
@@ -123,11 +133,12 @@ class Blip2(QFormerBackbone):
         super().__init__(trunk, qformer, tokenizer, qformer.query_tokens.shape[-1], size)
         self.config, self.save_trunk = config, bool(config.get("random_weights"))
 
-# %% ../nbs/05_blip2.ipynb #08e8c308
+# %% ../nbs/05_blip2.ipynb #5f82f222
 SIZES = dict(full=dict(qformer=dict(), trunk=dict()),
              small=dict(qformer=dict(width=64, layers=3, heads=4, queries=8, vision_width=64, vocabulary=1000),
                         trunk=dict(image_size=56, width=64, layers=3, heads=2)))
 
+# %% ../nbs/05_blip2.ipynb #7952647e
 def _random(size, precision, tokenizer, seed):
     "Trunk, Q-Former and tokenizer of a size, at random."
     if size not in SIZES: raise CalaError(f"--random-weights {size}: choose {' or '.join(SIZES)}")
@@ -138,27 +149,31 @@ def _random(size, precision, tokenizer, seed):
         qformer = QFormer(**{**SIZES[size]["qformer"], "vocabulary": len(words)})
         return FrozenTrunk(clip_tower(**SIZES[size]["trunk"]), precision), qformer, words
 
-# %% ../nbs/05_blip2.ipynb #fa53b06f
+# %% ../nbs/05_blip2.ipynb #311d8dce
 def _lavis_loader():
     "LAVIS's `load_model`, or None where LAVIS is not installed or does not import."
     try: from lavis.models import load_model
     except ImportError: return None
     return load_model
 
+# %% ../nbs/05_blip2.ipynb #4caa7c65
 def _from_lavis(load_model, model_name):
     "Vision module, Q-Former weights and vocabulary out of LAVIS's own loader."
     model = load_model("blip2_feature_extractor", model_name, is_eval=True, device="cpu")
     model.visual_encoder.__dict__.pop("train", None)
     return model.visual_encoder, model.state_dict(), dict(model.tokenizer.vocab)
 
-# %% ../nbs/05_blip2.ipynb #93c6387a
+# %% ../nbs/05_blip2.ipynb #dd18aa5e
+def _is_url(place): return str(place).startswith(("http://", "https://"))
+
+# %% ../nbs/05_blip2.ipynb #0cb31325
 def fetch(
     place: str,                      # path or URL of a file
     flag: str = "--backbone-weights",# which flag gives it by hand
 ) -> Path:                           # where it lies
     "A file by path, or by URL through torch's cache; CalaError names file, URL and flag."
     name = Path(urlparse(str(place)).path).name
-    if not str(place).startswith(("http://", "https://")):
+    if not _is_url(place):
         if Path(place).is_file(): return Path(place)
         raise _missing(name, LAVIS_FILES + name, flag, f"no file {place}")
     kept = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -168,12 +183,15 @@ def fetch(
     except (OSError, HTTPException) as error: raise _missing(name, place, flag, type(error).__name__) from error
     return kept
 
-# %% ../nbs/05_blip2.ipynb #43b4a643
+# %% ../nbs/05_blip2.ipynb #deb1a94e
 def read_torch(
     path: str,  # a file written by torch.save
 ):              # what it holds: tensors in dicts and lists, nothing else
     "Read a torch file that may come from anybody; what would execute code is refused with a CalaError."
-    try: return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the line below is for people
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CalaError(f"{path} is refused: it is not a plain file of weights, and reading it any other way could execute code; "
                         "take the published file, or ask its author for a state dict") from error
@@ -193,25 +211,39 @@ def load_tower(
     tower.load_state_dict({name: state[name] for name in own})
     return [name for name in state if name not in own]
 
-# %% ../nbs/05_blip2.ipynb #c20f9931
+# %% ../nbs/05_blip2.ipynb #b395f9a9
+def round_as_lavis(
+    tower: nn.Module,  # changed in place
+) -> nn.Module:        # the same
+    "Weights of convolutions and linear layers rounded to float16, kept in float32."
+    for layer in tower.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)): layer.half().float()
+    return tower
+
+# %% ../nbs/05_blip2.ipynb #6e0841ba
 def beside(
     place: str, # path or URL of a file
     name: str,  # of another file
 ) -> str:
     "Path or URL of `name` in the same folder as `place`."
-    return urljoin(place, name) if str(place).startswith(("http://", "https://")) else str(Path(place).with_name(name))
+    return urljoin(place, name) if _is_url(place) else str(Path(place).with_name(name))
 
-# %% ../nbs/05_blip2.ipynb #b7256d7c
+# %% ../nbs/05_blip2.ipynb #de3225a0
+def _tensors(state, place):
+    "`state` if it is a dict of tensors by name, as every published file is."
+    if isinstance(state, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()): return state
+    raise CalaError(f"{place} is not of the published form: a dict of tensors, for the Q-Former's file under \"model\"; fetch it again")
+
+# %% ../nbs/05_blip2.ipynb #7ebc67ed
 def _from_files(place, size="full"):
     "Vision tower and Q-Former weights from the published files; `place` is a file, folder or URL."
     if Path(str(place)).is_dir(): place = str(Path(place) / PUBLISHED["pretrain_vitL"][0])
     content = read_torch(fetch(place))
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict): raise CalaError(f"{place} holds no weights under \"model\"; give {PUBLISHED['pretrain_vitL'][0]} as published")
+    state = _tensors(content.get("model") if isinstance(content, dict) else None, place)
     vision = {name.removeprefix("visual_encoder."): tensor for name, tensor in state.items() if name.startswith("visual_encoder.")}
     tower = clip_tower(**SIZES[size]["trunk"])
-    load_tower(tower, vision or read_torch(fetch(beside(place, PUBLISHED["pretrain_vitL"][1]))))
-    return tower, state
+    load_tower(tower, vision or _tensors(read_torch(fetch(beside(place, PUBLISHED["pretrain_vitL"][1]))), "clip_vit_L.pth"))
+    return round_as_lavis(tower), state
 
 # %% ../nbs/05_blip2.ipynb #81608aa9
 def _published(model_name, weights):
@@ -238,12 +270,12 @@ def _words(qformer, tokenizer=None, vocabulary=None, weights=None):
                                            "give bert-base-uncased's vocab.txt with --tokenizer")
     return words
 
-# %% ../nbs/05_blip2.ipynb #507a82db
+# %% ../nbs/05_blip2.ipynb #33385fc8
 def _absolute(place):
     "A path that still holds in another working folder; URLs and None as they are."
-    return place if place is None or str(place).startswith(("http://", "https://")) else str(Path(place).resolve())
+    return place if place is None or _is_url(place) else str(Path(place).resolve())
 
-# %% ../nbs/05_blip2.ipynb #2c8e358e
+# %% ../nbs/05_blip2.ipynb #af1f1982
 @patch(cls_method=True)
 def build(
     cls: Blip2,
@@ -262,6 +294,8 @@ def build(
         parts, size = _random(random_weights, precision, tokenizer, seed), SIZES[random_weights]["trunk"].get("image_size", 224)
         return cls(*parts, size, config).eval()
     vision, state, vocabulary = _published(model_name, weights)
-    qformer = QFormer(vision_width=len(state["ln_vision.weight"]))
+    if "ln_vision.weight" not in state: raise CalaError(f"{weights} holds no Q-Former; give {PUBLISHED['pretrain_vitL'][0]} as published")
+    qformer = QFormer(**{**SIZES["full"]["qformer"], "vision_width": len(state["ln_vision.weight"])})
     load_lavis_state(qformer, state)
+    del state  # 0.7 GB that the copies below can use
     return cls(FrozenTrunk(vision, precision), qformer, _words(qformer, tokenizer, vocabulary, weights), 224, config).eval()

@@ -90,13 +90,13 @@ class Artemis(nn.Module):
         self.temperature = nn.Parameter(torch.tensor([2.65926]), requires_grad=learned_temperature)
         self.learned_temperature = learned_temperature
 
-# %% ../nbs/07_composition.ipynb #1589e812
+# %% ../nbs/07_composition.ipynb #b7cb6f45
 @patch
 def read(
     self: Artemis,
     text: torch.Tensor, # (B_q, d)
 ) -> list:              # three (B_q, d): what to look for, where for EM, where for IS
-    "What the sentence asks for and where it looks, in float32 or better."
+    "What the caption asks for and where it looks, in float32 or better."
     text = text.to(self.transform.weight.dtype)
     what, explicit, implicit = widened(self.transform(text), self.explicit(text), self.implicit(text))
     return [what, peak_one(explicit), peak_one(implicit)]

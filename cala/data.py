@@ -534,11 +534,12 @@ class CIRR(Triplets):
         self._fill(split, found.triplets, Gallery(found.names, locate(self.root, found), transform, self.root, keep), seed)
         if allow_missing: self.require_pictures(allow_missing)
 
-# %% ../nbs/02_data.ipynb #92d8a149
+# %% ../nbs/02_data.ipynb #6d3cabf8
 @patch(as_prop=True)
-def groups(self: CIRR) -> torch.Tensor:
-    "Gallery positions of each triplet's six group members: (Q, 6) long."
-    return torch.stack([self.gallery.positions(t.group) for t in self.triplets])
+def groups(self: CIRR) -> torch.Tensor | None:
+    "Gallery positions of each triplet's six group members, (Q, 6) long; None if some group is not whole."
+    whole = all(len(t.group) == 6 and self.gallery._position.keys() >= set(t.group) for t in self.triplets)
+    return torch.stack([self.gallery.positions(t.group) for t in self.triplets]) if whole else None
 
 # %% ../nbs/02_data.ipynb #491dbcd2
 CATEGORIES = ("dress", "shirt", "toptee")

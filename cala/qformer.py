@@ -128,7 +128,7 @@ def start_weights(
         if isinstance(part, (nn.Linear, nn.Embedding)): nn.init.normal_(part.weight, std=deviation)
         if isinstance(part, nn.Linear): nn.init.zeros_(part.bias)
 
-# %% ../nbs/03_qformer.ipynb #d38844f0
+# %% ../nbs/03_qformer.ipynb #15cd1746
 class QFormer(nn.Module):
     "A picture's tokens, a text, or both, read by learned queries; parameters named as in LAVIS's `Blip2Qformer`."
     def __init__(
@@ -150,13 +150,25 @@ class QFormer(nn.Module):
         self.Qformer.bert = Bert(width, layers, heads, vision_width, vocabulary, cross_every, positions, dropout)
         start_weights(self.Qformer)
 
-    def image(self, tokens):
-        "Trunk tokens (B, N, w) -> what the queries found (B, Q, d)."
-        return self.Qformer.bert(self.ask(len(tokens)), picture=self.see(tokens))
+# %% ../nbs/03_qformer.ipynb #3c29379e
+@patch
+def ask(self: QFormer, count: int) -> Tensor:
+    "The queries, once for each of `count` pictures (B, Q, d)."
+    return self.query_tokens.expand(count, -1, -1)
 
-    def ask(self, count): return self.query_tokens.expand(count, -1, -1)
+@patch
+def see(self: QFormer, tokens: Tensor) -> Tensor:
+    "Trunk tokens (B, N, w) normalised, in the type of the Q-Former's weights."
+    return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
-    def see(self, tokens): return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+# %% ../nbs/03_qformer.ipynb #8cd69fc9
+@patch
+def image(
+    self: QFormer,
+    tokens: Tensor, # (B, N, w) of the trunk
+) -> Tensor:        # (B, Q, d)
+    "Read a picture alone: what the queries found."
+    return self.Qformer.bert(self.ask(len(tokens)), picture=self.see(tokens))
 
 # %% ../nbs/03_qformer.ipynb #84d6ef07
 def _allowed(mask, queries=0):

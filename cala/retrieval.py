@@ -315,13 +315,13 @@ def _labels(dataset):
     if dataset.groups is None: raise CalaError(f"{dataset.name} {dataset.split}: not every group has six pictures of the gallery; cala-check lists the faults")
     return dataset.targets, dataset.groups
 
-# %% ../nbs/11_retrieval.ipynb #a5c18abd
+# %% ../nbs/11_retrieval.ipynb #12334381
 def rank_section(
     frame: nn.Module,    # has .scores(reference, text, targets)
     embedded: Embedded,  # of the data set
     dataset,             # CIRR or FashionIQ
     section: Section,    # of the data set
-) -> pd.DataFrame:       # category, pair_id, reference, target, rank, ties and for CIRR group_rank
+) -> pd.DataFrame:       # pair_id, reference, target, rank, ties; for CIRR group_rank, for FashionIQ category
     "Ranks of a section's queries, a row each."
     targets, groups = _labels(dataset)
     queries, where = section.queries, torch.full((len(dataset.gallery),), -1)
@@ -329,9 +329,9 @@ def rank_section(
     at = lambda positions: None if positions is None else where[positions[queries]]
     ranks = rank_queries(frame, embedded.reference[queries], embedded.text[queries], embedded.gallery[section.gallery],
                          at(targets), None if groups is None else at(dataset.references), at(groups))
-    table = pd.DataFrame([(section.about["category"], t.pair_id, t.reference, t.target) for t in (dataset.triplets[i] for i in queries.tolist())],
-                         columns=["category", "pair_id", "reference", "target"]).assign(rank=ranks.rank.numpy(), ties=ranks.ties.numpy())
-    return table if groups is None else table.assign(group_rank=ranks.group.numpy())
+    names = [(t.pair_id, t.reference, t.target) for t in (dataset.triplets[i] for i in queries.tolist())]
+    table = pd.DataFrame(names, columns=["pair_id", "reference", "target"]).assign(rank=ranks.rank.numpy(), ties=ranks.ties.numpy())
+    return table.assign(category=section.about["category"]) if groups is None else table.assign(group_rank=ranks.group.numpy())
 
 # %% ../nbs/11_retrieval.ipynb #0e8e82a1
 class Result(dict):

@@ -77,12 +77,12 @@ _OUTLINES = dict(
     heart=[(math.sin(a) ** 3, -y / 16 - .1) for a, y in zip(_ANGLES, _HEART)],
     diamond=[(0, -1), (.8, 0), (0, 1), (-.8, 0)])
 
-# %% ../nbs/01_worlds.ipynb #2eff13f4
+# %% ../nbs/01_worlds.ipynb #d59d0a2d
 _PAPER, _CELL = (236, 232, 224), (250, 248, 244)
 
 def _paint(pen, fine, shape, colour, size):
     "Draw one shape into a cell of `fine` by `fine` pixels."
-    radius = fine * (.44 if size == "large" else .26)
+    radius = fine * (.46 if size == "large" else .30)
     corners = [(fine / 2 + radius * x, fine / 2 + radius * y) for x, y in _OUTLINES[shape]]
     rgb = [int(COLOURS[colour][i:i + 2], 16) for i in (1, 3, 5)]
     pen.polygon(corners, tuple(rgb), tuple(v * 2 // 3 for v in rgb), fine // 28)

@@ -48,6 +48,7 @@ def lavis_model(folder, trunk=None, seed=0, **sizes):
             stack.enter_context(patch.object(blip2.Blip2Base, "init_vision_encoder", stand_in))
         model = Blip2Qformer(vit_model="clip_L", vit_precision="fp32")
     for name, parameter in model.named_parameters():  # biases and normalisations too, so that none can hide
+        if name.startswith("visual_encoder.") and trunk is not None: continue
         if parameter.ndim < 2: torch.nn.init.normal_(parameter, mean=1. if ("orm" in name or "ln_" in name) and "weight" in name else 0., std=0.1)
     return model.eval()
 
@@ -56,3 +57,10 @@ def features(model, mode, images=None, captions=None):
     "LAVIS's embeddings (B, L, d), with their gradients."
     said = type(model).extract_features.__wrapped__(model, {"image": images, "text_input": captions}, mode=mode)
     return getattr(said, f"{mode}_embeds")
+
+
+def allow_float64(monkeypatch):
+    "LAVIS casts to float32 in two places, which would end all digits after the seventh; within the test it does not."
+    from lavis.models.blip2_models import blip2
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(blip2.LayerNorm, "forward", torch.nn.LayerNorm.forward)

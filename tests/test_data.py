@@ -395,7 +395,7 @@ def test_a_very_long_name_is_a_missing_picture_and_not_a_crash(root):
 def test_groups_of_train_are_notes_since_training_does_not_use_them(root):
     file = root / CAPTIONS.replace("val", "train")
     edit(lambda c: c[0]["img_set"].update(members=["train-0-0-img0"]))(file)
-    assert len(CIRR(root, "train")) == 24
+    assert len(CIRR(root, "train")) == 24 and CIRR(root, "train").groups is None
     assert any("entry 0: has a group of 1" in note for note in audit(root).notes)
 
 

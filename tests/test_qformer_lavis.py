@@ -5,7 +5,7 @@ from torch import nn
 
 pytest.importorskip("lavis", reason="salesforce-lavis is not installed (it needs Python below 3.12)")
 
-from lavis_helpers import VOCABULARY, features, lavis_model
+from lavis_helpers import VOCABULARY, allow_float64, features, lavis_model
 
 from cala.commands import CalaError
 from cala.qformer import QFormer, load_lavis_state
@@ -47,9 +47,8 @@ def same_memory(ours, lavis):
 
 @pytest.fixture
 def double(lavis, ours, monkeypatch):
-    "Both in float64; LAVIS casts to float32 in two places, which would end all digits after the seventh."
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(type(lavis.ln_vision), "forward", nn.LayerNorm.forward)
+    "Both in float64."
+    allow_float64(monkeypatch)
     yield lavis.double(), same_memory(ours, lavis)
     monkeypatch.undo()
     same_memory(ours, lavis.float())
