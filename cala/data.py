@@ -209,12 +209,12 @@ def __getitem__(self: Gallery, i: int):
     if i not in self.kept: self.kept[i] = getattr(transform, "pixels", transform)(self.picture(i))
     return getattr(transform, "floats", lambda kept: kept)(self.kept[i])
 
-# %% ../nbs/02_data.ipynb #9a5aa65d
+# %% ../nbs/02_data.ipynb #fa3df0fb
 @patch(as_prop=True)
 def missing(self: Gallery) -> list:
-    "Names whose file is not there, or is a link out of the root."
+    "Names whose file is not there, is empty, or is a link out of the root."
     if not hasattr(self, "_missing"):
-        gone = lambda path: not os.path.isfile(path) or (self.root is not None and _leaves(path, self.root))
+        gone = lambda path: not os.path.isfile(path) or not os.path.getsize(path) or (self.root is not None and _leaves(path, self.root))
         self._missing = [name for name, path in zip(self.names, self.paths) if gone(path)]
     return self._missing
 
@@ -686,15 +686,14 @@ def _why_broken(path, root, deep):
         if deep: read_picture(path)
     except CalaError as error: return str(error)
 
-# %% ../nbs/02_data.ipynb #fe25df3d
+# %% ../nbs/02_data.ipynb #969a6859
 def _audit_pictures(paths, root, deep, title):
     "Of `paths`: which are missing, and why which are broken."
-    there = [path for path in paths if os.path.isfile(path)]
+    there, why = [path for path in paths if os.path.isfile(path)], partial(_why_broken, root=root, deep=deep)
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of bombs; they will be in the list
-        reasons = pool.map(partial(_why_broken, root=root, deep=deep), there)
-        broken = [reason for reason in tqdm(reasons, title, len(there), disable=None if deep else True, leave=False) if reason]
-    return sorted(set(paths) - set(there)), broken
+        reasons = tqdm(pool.map(why, there) if deep else map(why, there), title, len(there), disable=None if deep else True, leave=False)
+        return sorted(set(paths) - set(there)), [reason for reason in reasons if reason]
 
 # %% ../nbs/02_data.ipynb #7737e2a6
 def _audit_split(result, name, folder, split, category, found, pictures, deep):

@@ -8,9 +8,10 @@ __all__ = ['MODES', 'backbones', 'ROOMS', 'SPECIAL', 'UNUSED', 'ROLES', 'Embeddi
            'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'pretrain', 'save_backbone',
            'load_backbone']
 
-# %% ../nbs/04_encoders.ipynb #b87c122a
+# %% ../nbs/04_encoders.ipynb #0aff1ebf
 import importlib
 import json
+import os
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -119,7 +120,9 @@ def make_backbone(
     if foreign: raise CalaError(f"the {name} backbone has no {', '.join(foreign)}; it takes {', '.join(known) or 'no options'}")
     return cls.build(**given)
 
-# %% ../nbs/04_encoders.ipynb #ffbf1fa8
+# %% ../nbs/04_encoders.ipynb #30d3032c
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else `tokenizers` warns whenever a loader worker is forked
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 class WordTokenizer:
@@ -341,6 +344,29 @@ class CaptionedPictures(torch.utils.data.Dataset):
     def __len__(self): return len(self.gallery)
     def __getitem__(self, i): return self.gallery[i], self.captions[i][(i + self.epoch) % len(self.captions[i])]
 
+# %% ../nbs/04_encoders.ipynb #f9627420
+def _waken(backbone):
+    "Trunk and the one Q-Former: all that stage 1 trains."
+    backbone.train()
+    return [p.requires_grad_(True) for part in (backbone.trunk, backbone.visual) for p in part.parameters()]
+
+def _endless(pictures, batch_size, num_workers, seed):
+    "Shuffled full batches for ever; each epoch takes the next caption of every picture."
+    if len(pictures) < batch_size: raise CalaError(f"{len(pictures)} captioned pictures do not fill a batch of {batch_size}; draw more or lower the batch size")
+    order = torch.Generator().manual_seed(seed)
+    loader = torch.utils.data.DataLoader(pictures, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, generator=order)
+    while True:
+        yield from loader
+        pictures.epoch += 1
+
+def _stage1_step(accelerator, backbone, optimizer, images, captions):
+    "One step of image-text contrast; its loss as a number."
+    tokens = backbone.trunk(images.to(accelerator.device))
+    loss = image_text_contrast(backbone.image(tokens).feature, backbone.text(list(captions)).feature)
+    accelerator.backward(loss)
+    optimizer.step(); optimizer.zero_grad()
+    return loss.item()
+
 # %% ../nbs/04_encoders.ipynb #a686af83
 def pretrain(
     backbone: QFormerBackbone,    # trained in place
@@ -365,29 +391,6 @@ def pretrain(
             schedule.step(); bar.update(); bar.set_postfix(loss=f"{losses[-1]:.2f}")
     backbone.eval()
     return losses
-
-# %% ../nbs/04_encoders.ipynb #f9627420
-def _waken(backbone):
-    "Trunk and the one Q-Former: all that stage 1 trains."
-    backbone.train()
-    return [p.requires_grad_(True) for part in (backbone.trunk, backbone.visual) for p in part.parameters()]
-
-def _endless(pictures, batch_size, num_workers, seed):
-    "Shuffled full batches for ever; each epoch takes the next caption of every picture."
-    if len(pictures) < batch_size: raise CalaError(f"{len(pictures)} captioned pictures do not fill a batch of {batch_size}; draw more or lower the batch size")
-    order = torch.Generator().manual_seed(seed)
-    loader = torch.utils.data.DataLoader(pictures, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, generator=order)
-    while True:
-        yield from loader
-        pictures.epoch += 1
-
-def _stage1_step(accelerator, backbone, optimizer, images, captions):
-    "One step of image-text contrast; its loss as a number."
-    tokens = backbone.trunk(images.to(accelerator.device))
-    loss = image_text_contrast(backbone.image(tokens).feature, backbone.text(list(captions)).feature)
-    accelerator.backward(loss)
-    optimizer.step(); optimizer.zero_grad()
-    return loss.item()
 
 # %% ../nbs/04_encoders.ipynb #4c88999b
 def save_backbone(

@@ -116,24 +116,27 @@ def _stale(gallery, done, thorough=False):
     "Rows to compute: not done, or done from another picture."
     return [row for row, path in enumerate(gallery.paths) if row not in done or not _same(path, done[row][0], thorough)]
 
-# %% ../nbs/12_features.ipynb #483e69a4
+# %% ../nbs/12_features.ipynb #20dae272
 def _create(place, about, shape):
     "A description and a token file of full size. Of processes that start together one wins, and old journals go before."
     place.mkdir(parents=True, exist_ok=True)
     new = place / f"new.{os.getpid()}"
     for journal in place.glob("done.*.jsonl"): journal.unlink(missing_ok=True)  # they speak of another file
+    new.write_text(json.dumps(dict(about, shape=shape), indent=1))
+    os.replace(new, place / "about.json")
     np.lib.format.open_memmap(new, mode="w+", dtype=about["dtype"], shape=shape)
-    try: os.link(new, place / "tokens.npy")
+    try: os.link(new, place / "tokens.npy")  # whole or not at all, and only if there is none
     except FileExistsError: pass
     new.unlink()
-    new.write_text(json.dumps(about, indent=1))
-    os.replace(new, place / "about.json")
 
-# %% ../nbs/12_features.ipynb #4821bedf
+# %% ../nbs/12_features.ipynb #2e75fa01
 def _open(place):
     "The tokens, read from disk when indexed; a `CalaError` if the file is not whole."
-    try: return np.load(place / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    try:
+        tokens, about = np.load(place / "tokens.npy", mmap_mode="r", allow_pickle=False), json.loads((place / "about.json").read_text())
+        if (list(tokens.shape), str(tokens.dtype)) == (about["shape"], about["dtype"]): return tokens
+        raise ValueError(f"it holds {tokens.dtype} {tokens.shape}")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise CalaError(f"{place / 'tokens.npy'} is damaged ({error}); delete {place} and build it again") from None
 
 # %% ../nbs/12_features.ipynb #3615f1ab

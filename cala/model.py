@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'RELEASED', 'Losses', 'diagonal_loss', 'CaLa', 'write_atomically', 'save_checkpoint',
-           'checkpoint_folder', 'read_recipe', 'load_checkpoint', 'read_released', 'load_released']
+           'checkpoint_folder', 'read_recipe', 'load_weights', 'load_checkpoint', 'read_released', 'load_released']
 
-# %% ../nbs/10_model.ipynb #b4982eb4
+# %% ../nbs/10_model.ipynb #92ff76bd
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -271,32 +270,39 @@ def read_recipe(
         raise CalaError(f"{weights} does not match its recipe.json (truncated, damaged, or of another run); use another checkpoint of the run")
     return said
 
-# %% ../nbs/10_model.ipynb #ad09c7b5
+# %% ../nbs/10_model.ipynb #7b78ccf5
+def load_weights(
+    model: CaLa,  # built as the checkpoint's recipe says
+    folder: str,  # a checkpoint folder
+):
+    "Put a checkpoint's weights into a model; only a published trunk may be missing from the file."
+    folder = checkpoint_folder(folder)
+    try: absent, foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        raise CalaError(f"{folder} does not fit its recipe ({str(error).splitlines()[0]}); it may be of another version of cala") from error
+    absent = [name for name in absent if model.backbone.save_trunk or not name.startswith("backbone.trunk.")]
+    if absent or foreign: raise CalaError(f"{folder} does not fit its recipe: missing {absent[:3]}, unknown {foreign[:3]}")
+
+# %% ../nbs/10_model.ipynb #658e0bd8
 def load_checkpoint(
     folder: str,         # a checkpoint folder
     **backbone_options,  # where this machine keeps published weights: weights, tokenizer
 ) -> CaLa:               # in evaluation mode
     "The model of a checkpoint."
     said = read_recipe(folder)
-    try:
-        model = CaLa(make_backbone(**{**said["backbone"], **backbone_options}), **said["model"])
-        absent, foreign = model.load_state_dict(load_file(checkpoint_folder(folder) / "model.safetensors"), strict=False)
-    except (TypeError, RuntimeError, SafetensorError) as error:
-        raise CalaError(f"{folder} does not fit its recipe ({str(error).splitlines()[0]}); it may be of another version of cala") from error
-    absent = [name for name in absent if model.backbone.save_trunk or not name.startswith("backbone.trunk.")]
-    if absent or foreign: raise CalaError(f"{folder} does not fit its recipe: missing {absent[:3]}, unknown {foreign[:3]}")
+    try: model = CaLa(make_backbone(**{**said["backbone"], **backbone_options}), **said["model"])
+    except TypeError as error: raise CalaError(f"{folder} does not fit its recipe ({error}); it may be of another version of cala") from error
+    load_weights(model, folder)
     return model.eval()
 
-# %% ../nbs/10_model.ipynb #727660e4
+# %% ../nbs/10_model.ipynb #3149af9a
 def read_released(
     path: str,  # a torch file
 ) -> tuple:     # class name, state dict
     "Class name and weights of a file that the released program saved; nothing in it is executed."
+    from cala.blip2 import read_torch  # here, because it brings open_clip along
     if not Path(path).is_file(): raise CalaError(f"no file {path}; give a file saved by the released program")
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CalaError(f"{path} holds more than weights and would execute code; it is refused. Ask its author for a plain state dict") from error
-    except Exception as error: raise CalaError(f"{path} is not a torch file ({type(error).__name__})") from error
+    content = read_torch(path)
     states = {key: value for key, value in content.items() if isinstance(value, dict)} if isinstance(content, dict) else {}
     if len(states) != 1: raise CalaError(f"{path} is not {{'epoch', <class name>: weights}}: it holds {sorted(map(str, states)) or type(content).__name__}")
     return states.popitem()
@@ -321,7 +327,7 @@ RELEASED = dict(  # class name in the file -> what takes its weights
     Artemis=Artemis.from_released,
     Combiner=Combiner.from_released)
 
-# %% ../nbs/10_model.ipynb #7da04bea
+# %% ../nbs/10_model.ipynb #f1fe5947
 def load_released(
     path: str,      # a torch file {'epoch', <class name>: state dict}
 ) -> nn.Module:     # QFormer, TwinAttentionCompositor, HingeCrossAttention, Artemis or Combiner
@@ -329,5 +335,5 @@ def load_released(
     name, state = read_released(path)
     if name not in RELEASED: raise CalaError(f"{path} holds a {name}; known are {', '.join(RELEASED)}")
     try: return RELEASED[name](state)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise CalaError(f"{path}: these are not the weights of a {name} ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever odd weights provoke, and lines that do not know the file
+        raise CalaError(f"{path}: these are not the weights of a {name} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error

@@ -229,7 +229,7 @@ def watch_attention(
 LAVIS_EXTRAS = ("visual_encoder.", "Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp",
                 "Qformer.bert.embeddings.position_ids")  # in LAVIS's files, and not in a Q-Former
 
-# %% ../nbs/03_qformer.ipynb #b85aec6d
+# %% ../nbs/03_qformer.ipynb #263c7864
 def load_lavis_state(
     qformer: QFormer,  # receives the weights
     state_dict: dict,  # of LAVIS's Blip2Qformer; what the published file holds under "model"
@@ -238,7 +238,7 @@ def load_lavis_state(
     dropped = [name for name in state_dict if name.startswith(LAVIS_EXTRAS)]
     given, own = {n: t for n, t in state_dict.items() if n not in dropped}, qformer.state_dict()
     faults = {"missing": own.keys() - given, "not of this model": given.keys() - own,
-              "of another shape": {n for n in own.keys() & given if own[n].shape != given[n].shape}}
+              "of another shape": {n for n in own.keys() & given if own[n].shape != getattr(given[n], "shape", None)}}
     for fault, names in faults.items():
         if names: raise CalaError(f"these weights do not fit the Q-Former, {len(names)} {fault}: {', '.join(sorted(names)[:3])}"
                                   "; give the file of the model that was asked for")

@@ -6,8 +6,8 @@
 __all__ = ['GALLERY_AT', 'GROUP_AT', 'FASHION_AT', 'SUBMISSION_SIZES', 'SUBMISSION_BYTES', 'target_ranks', 'target_ties',
            'group_ranks', 'recalls', 'cirr_metrics', 'fashioniq_metrics', 'score_rows', 'evaluating', 'Ranks',
            'rank_queries', 'Top', 'top_k', 'Embedded', 'embed', 'Section', 'sections', 'rank_section', 'Result',
-           'chance', 'measure', 'image_only', 'text_only', 'evaluate', 'submission_faults', 'check_cirr_submission',
-           'write_cirr_submission']
+           'chance', 'measure', 'image_only', 'text_only', 'evaluate', 'submittable', 'submission_faults',
+           'check_cirr_submission', 'write_cirr_submission']
 
 # %% ../nbs/11_retrieval.ipynb #b84c91bd
 import json
@@ -438,12 +438,19 @@ def _submission(metric, top, dataset):
     names = dataset.gallery.names
     return dict(version="rc2", metric=metric) | {t.pair_id: [names[p] for p in row] for t, row in zip(dataset.triplets, top.positions.tolist())}
 
-# %% ../nbs/11_retrieval.ipynb #839bb5ee
-def _answers(frame, embedded, dataset):
-    "Both files' contents, by metric."
+# %% ../nbs/11_retrieval.ipynb #b3a47576
+def submittable(
+    dataset,  # CIRR, usually the split test1
+):            # the data set itself
+    "`CalaError` unless each query has 50 pictures to name and a group to choose three of."
     if dataset.name != "CIRR" or dataset.groups is None:
         raise CalaError(f"only CIRR with whole groups of six has a submission, not {dataset.name} {dataset.split}; cala-check lists faults")
     if len(dataset.gallery) <= 50: raise CalaError(f"a submission names 50 pictures a query, and {dataset.split} has {len(dataset.gallery)} in all; draw a larger world")
+    return dataset
+
+# %% ../nbs/11_retrieval.ipynb #9a99d3eb
+def _answers(frame, embedded, dataset):
+    "Both files' contents, by metric."
     ask = partial(top_k, frame, embedded.reference, embedded.text, embedded.gallery, exclude=dataset.references)
     best, near = ask(k=50), ask(k=3, among=dataset.groups)
     return {"recall": _submission("recall", best, dataset), "recall_subset": _submission("recall_subset", near, dataset)}
@@ -510,7 +517,7 @@ def check_cirr_submission(
     if faults: raise CalaError(f"{path} would be refused: {'; '.join(faults)}. Write it again with cala-cirr-submission")
     return Path(path)
 
-# %% ../nbs/11_retrieval.ipynb #5005f229
+# %% ../nbs/11_retrieval.ipynb #2c682185
 def write_cirr_submission(
     frame: nn.Module,               # has .scores(reference, text, targets)
     embedded: Embedded,             # of the data set
@@ -521,7 +528,7 @@ def write_cirr_submission(
     "Rank, write both files, read them back and check them."
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
-    for metric, content in _answers(frame, embedded, dataset).items():
+    for metric, content in _answers(frame, embedded, submittable(dataset)).items():
         paths.append(Path(folder) / f"{metric}_submission_{name}.json")
         write_atomically(paths[-1], json.dumps(content, separators=(",", ":")).encode())
         check_cirr_submission(paths[-1], dataset)

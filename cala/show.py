@@ -9,7 +9,7 @@ __all__ = ['GREY', 'BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'PAL
            'show_failures', 'Movable', 'TripletBrowser', 'gallery_features', 'QueryExplorer', 'PictureButton',
            'sparkline', 'TrainingPanel']
 
-# %% ../nbs/14_show.ipynb #2e37efe7
+# %% ../nbs/14_show.ipynb #cd2bee2b
 import math
 import textwrap
 from base64 import b64encode
@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from cycler import cycler
 from fastcore.basics import patch
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -67,11 +68,15 @@ def small_png(
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../nbs/14_show.ipynb #d3402a99
+# %% ../nbs/14_show.ipynb #b566819a
+def _bundle(thing, fig):
+    "A notebook's record of `thing`, whose picture is `fig`."
+    return {"image/png": b64encode(small_png(fig)).decode(), "text/plain": repr(thing)}
+
+# %% ../nbs/14_show.ipynb #9dae843d
 class Page(Figure):
     "A matplotlib figure that shows itself, once, with or without pyplot."
-    def _repr_mimebundle_(self, **kwargs):
-        return {"image/png": b64encode(small_png(self)).decode(), "text/plain": repr(self)}
+    def _ipython_display_(self): display(_bundle(self, self), raw=True)
 
 # %% ../nbs/14_show.ipynb #8ccd64f6
 @patch
@@ -133,9 +138,10 @@ def _place_text(ax, text, arrow=True):
     said.set_size(size * min(1, box.width * ax.figure.dpi / max(1, said.get_window_extent().width)))
     if arrow: ax.annotate("", (1, 0.1), (0, 0.1), xycoords="axes fraction", arrowprops=dict(arrowstyle="-|>", color=GREY, lw=1.4))
 
-# %% ../nbs/14_show.ipynb #0d50acd5
+# %% ../nbs/14_show.ipynb #2a5e96c8
 def _sentence(triplet): return " and ".join(triplet.captions)
 
+# %% ../nbs/14_show.ipynb #af93a13e
 def _place_card(row, gallery, triplet):
     "Fill three boxes: reference, modification text, target."
     show = lambda ax, name, *how: _place_picture(ax, gallery.picture(gallery.position(name)), *how)
@@ -200,9 +206,10 @@ def _place_answers(row, gallery, ranking):
         found = position == ranking.target
         _place_picture(ax, gallery.picture(position), f"{n + 1}{score}" + "\ntarget" * found, VERMILION if found else None)
 
-# %% ../nbs/14_show.ipynb #b1cf4e2d
+# %% ../nbs/14_show.ipynb #11996b05
 def _missed(ranking, k): return ranking.target is not None and ranking.target not in ranking.order[:k]
 
+# %% ../nbs/14_show.ipynb #fba87b10
 def _place_missed(dots, ax, gallery, ranking):
     "Show a target that is not among the first k."
     rank = ranking.rank or f"after {len(ranking.order)}"
@@ -406,7 +413,13 @@ def _kind_axis(ax, counts, k):
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
 
-# %% ../nbs/14_show.ipynb #d115d137
+# %% ../nbs/14_show.ipynb #197e5ab2
+def _hardest_first(found, kinds):
+    "{kind: (Q,) bool, which queries are of it}, the kind with the lowest recall first."
+    rows = {kind: torch.tensor([other == kind for other in kinds]) for kind in kinds}
+    return dict(sorted(rows.items(), key=lambda item: found[item[1]].float().mean().item()))
+
+# %% ../nbs/14_show.ipynb #7574cb3a
 @style()
 def per_kind_recall(
     ranks,        # (Q,) ranks of the targets, or {name: ranks}
@@ -416,13 +429,12 @@ def per_kind_recall(
 ) -> Figure:
     "Recall at k for every kind of edit, with the number of queries and a 95% interval."
     models = {name: _ranks(r) <= k for name, r in (ranks if isinstance(ranks, dict) else {"": ranks}).items()}
-    first, rows = next(iter(models.values())), {kind: torch.tensor([x == kind for x in kinds]) for kind in kinds}
-    hardest = sorted(rows, key=lambda kind: first[rows[kind]].float().mean())
-    thick, page = 0.8 / len(models), Page(figsize=(5.5, 0.5 + len(rows) * max(0.3, 0.2 * len(models))), layout="constrained")
+    rows, thick = _hardest_first(next(iter(models.values())), kinds), 0.8 / len(models)
+    page = Page(figsize=(5.5, 0.5 + len(rows) * max(0.3, 0.2 * len(models))), layout="constrained")
     ax = page.subplots()
     for m, (name, found) in enumerate(models.items()):
-        for y, kind in enumerate(hardest): _bar(ax, y - 0.4 + thick * (m + 0.5), thick, found[rows[kind]], PALETTE[m % 6], name if y == 0 else None)
-    _kind_axis(ax, {kind: int(rows[kind].sum()) for kind in hardest}, k)
+        for y, row in enumerate(rows.values()): _bar(ax, y - 0.4 + thick * (m + 0.5), thick, found[row], PALETTE[m % 6], name if y == 0 else None)
+    _kind_axis(ax, {kind: int(row.sum()) for kind, row in rows.items()}, k)
     if len(models) > 1: ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return page.saved(save)
 
@@ -456,15 +468,14 @@ def show_failures(
     notes = [f"{kinds[i]}: the target came at rank {ranks[i]}" for i in worst]
     return show_rankings(dataset, worst, [orders[i] for i in worst], None, ranks[worst], k, notes, save)
 
-# %% ../nbs/14_show.ipynb #827873fb
+# %% ../nbs/14_show.ipynb #f9ecc66e
 class Movable:
     "An object with a `figure()` and a `widget`; a front end without widgets shows the figure."
     @cached_property
     def widget(self): return self._build()
 
     def _repr_mimebundle_(self, **kwargs):
-        still = {"text/plain": repr(self), "image/png": b64encode(small_png(self.figure())).decode()}
-        return self.widget._repr_mimebundle_() | still
+        return self.widget._repr_mimebundle_() | _bundle(self, self.figure())
 
 # %% ../nbs/14_show.ipynb #f02628ba
 def _html(fig, alt):
@@ -518,18 +529,24 @@ def figure(self: TripletBrowser) -> Figure:
     _place_text(ax, "no triplet has these words", arrow=False)
     return page
 
-# %% ../nbs/14_show.ipynb #0be15ca8
+# %% ../nbs/14_show.ipynb #a756385f
 @patch
-def _build(self: TripletBrowser):
-    "Filters over a card."
+def _parts(self: TripletBrowser):
+    "The controls, the count and the card."
     self.kind = ipywidgets.Dropdown(options=["all", *sorted(set(self.kinds or []))], description="kind of edit", disabled=not self.kinds)
     self.text = ipywidgets.Text(placeholder="words in the sentence", continuous_update=False)
     self.back, self.on = ipywidgets.Button(description="previous"), ipywidgets.Button(description="next")
     self.count, self.card = ipywidgets.Label(), ipywidgets.HTML()
-    self._connect()
-    return ipywidgets.VBox([ipywidgets.HBox([self.kind, self.text, self.back, self.on, self.count]), self.card])
 
-# %% ../nbs/14_show.ipynb #de73706a
+# %% ../nbs/14_show.ipynb #5d4729f1
+@patch
+def _draw(self: TripletBrowser):
+    "Bring card and count up to date."
+    current = self.dataset.triplets[self.found[self.at]] if self.found else None
+    self.count.value = f"{self.at + 1} of {len(self.found)}" if current else "none"
+    self.card.value = _html(self.figure(), _sentence(current) if current else "nothing found")
+
+# %% ../nbs/14_show.ipynb #da26fd22
 @patch
 def _connect(self: TripletBrowser):
     "What the controls do."
@@ -537,14 +554,13 @@ def _connect(self: TripletBrowser):
     def step(by): self.go(by); self._draw()
     self.kind.observe(search, "value"); self.text.observe(search, "value")
     self.back.on_click(lambda _: step(-1)); self.on.on_click(lambda _: step(1))
-    self._draw()
 
+# %% ../nbs/14_show.ipynb #793a1306
 @patch
-def _draw(self: TripletBrowser):
-    "Bring card and count up to date."
-    current = self.dataset.triplets[self.found[self.at]] if self.found else None
-    self.count.value = f"{self.at + 1} of {len(self.found)}" if current else "none"
-    self.card.value = _html(self.figure(), _sentence(current) if current else "nothing found")
+def _build(self: TripletBrowser):
+    "Filters over a card."
+    self._parts(); self._draw(); self._connect()
+    return ipywidgets.VBox([ipywidgets.HBox([self.kind, self.text, self.back, self.on, self.count]), self.card])
 
 # %% ../nbs/14_show.ipynb #f97712a0
 def gallery_features(
@@ -558,7 +574,7 @@ def gallery_features(
     with evaluating(model):
         return torch.cat([model.embed_gallery(torch.stack([dataset.pictures[i] for i in part.tolist()]).to(device)) for part in parts])
 
-# %% ../nbs/14_show.ipynb #4a3e9016
+# %% ../nbs/14_show.ipynb #c6cc7195
 class QueryExplorer(Movable):
     "Rank a gallery for any reference and any sentence, with one model or several."
     def __init__(self,
@@ -568,7 +584,7 @@ class QueryExplorer(Movable):
     ):
         self.models, self.dataset, self.k = models if isinstance(models, dict) else {"": models}, dataset, k
         self.features = {name: gallery_features(model, dataset) for name, model in self.models.items()}
-        self.pick(0)
+        self.reference, self.sentence, self.rankings = None, "", {}
 
 # %% ../nbs/14_show.ipynb #6cdcd092
 @patch
@@ -616,10 +632,11 @@ def pick(
     triplet, position = self.dataset.triplets[i], self.dataset.gallery.position
     return self.ask(position(triplet.reference), _sentence(triplet), position(triplet.target) if triplet.target else None)
 
-# %% ../nbs/14_show.ipynb #9ec5fb9c
+# %% ../nbs/14_show.ipynb #503368f8
 @patch
 def figure(self: QueryExplorer) -> Figure:
     "The current rankings, a row a model."
+    if not self.rankings: self.pick(0)
     return draw_rankings(self.dataset.gallery, list(self.rankings.values()), self.k)
 
 @patch
@@ -662,20 +679,25 @@ def _fill_row(cells, title, gallery, ranking):
         cell.show(gallery, position, f"{n + 1} · {score:.3g}" + " · target" * found, VERMILION if found else None)
     title.value = ranking.note + f" (rank of the target: {ranking.rank})" * (ranking.rank is not None)
 
-# %% ../nbs/14_show.ipynb #49ff927d
+# %% ../nbs/14_show.ipynb #faaff915
 @patch
-def _build(self: QueryExplorer):
-    "A triplet slider, a sentence, the reference, and a row of clickable pictures a model."
+def _parts(self: QueryExplorer):
+    "The controls and the pictures."
+    if not self.rankings: self.pick(0)
     self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
     self.words = ipywidgets.Text(self.sentence, description="sentence", continuous_update=False, layout=ipywidgets.Layout(width="36em"))
     take = lambda position: (self.ask(position, self.words.value), self._draw())
     self.question, self.titles = PictureButton(take), {name: ipywidgets.Label() for name in self.models}
     self.answers = {name: [PictureButton(take) for _ in range(self.k)] for name in self.models}
-    self._connect()
-    rows = [ipywidgets.VBox([self.titles[name], ipywidgets.HBox([cell.box for cell in cells])]) for name, cells in self.answers.items()]
-    return ipywidgets.VBox([self.number, self.words, ipywidgets.HBox([self.question.box, ipywidgets.VBox(rows)])])
 
-# %% ../nbs/14_show.ipynb #6f95b527
+# %% ../nbs/14_show.ipynb #6919f188
+@patch
+def _draw(self: QueryExplorer):
+    "Bring all pictures up to date."
+    self.question.show(self.dataset.gallery, self.reference, "reference", BLUE)
+    for name, cells in self.answers.items(): _fill_row(cells, self.titles[name], self.dataset.gallery, self.rankings[name])
+
+# %% ../nbs/14_show.ipynb #c22bd3e3
 @patch
 def _connect(self: QueryExplorer):
     "What the controls do."
@@ -683,13 +705,14 @@ def _connect(self: QueryExplorer):
     def typed(change):
         if change["new"] != self.sentence: self.ask(self.reference, change["new"]); self._draw()
     self.number.observe(chosen, "value"); self.words.observe(typed, "value")
-    self._draw()
 
+# %% ../nbs/14_show.ipynb #904914b0
 @patch
-def _draw(self: QueryExplorer):
-    "Bring all pictures up to date."
-    self.question.show(self.dataset.gallery, self.reference, "reference", BLUE)
-    for name, cells in self.answers.items(): _fill_row(cells, self.titles[name], self.dataset.gallery, self.rankings[name])
+def _build(self: QueryExplorer):
+    "A triplet slider, a sentence, the reference, and a row of clickable pictures a model."
+    self._parts(); self._draw(); self._connect()
+    rows = [ipywidgets.VBox([self.titles[name], ipywidgets.HBox([cell.box for cell in cells])]) for name, cells in self.answers.items()]
+    return ipywidgets.VBox([self.number, self.words, ipywidgets.HBox([self.question.box, ipywidgets.VBox(rows)])])
 
 # %% ../nbs/14_show.ipynb #2e83eb10
 def sparkline(
@@ -737,14 +760,15 @@ def figure(self: TrainingPanel) -> Figure:
     _place_text(ax, self.line(), arrow=False)
     return page
 
-# %% ../nbs/14_show.ipynb #90b5c1ed
+# %% ../nbs/14_show.ipynb #6de34088
 @patch
 def _build(self: TrainingPanel):
     "Progress, line, curves, examples."
     self.parts = [ipywidgets.IntProgress(max=self.steps or 1), ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()]
-    self._fill()
+    if self.rows or self.validations: self._fill()
     return ipywidgets.VBox(self.parts)
 
+# %% ../nbs/14_show.ipynb #68a7f0af
 @patch
 def _fill(self: TrainingPanel):
     "Bring the widget up to date."
@@ -753,7 +777,7 @@ def _fill(self: TrainingPanel):
     line.value, curves.value = escape(self.line()), _html(self.figure(), "training curves")
     if self.examples is not None: examples.value = _html(self.examples, "examples")
 
-# %% ../nbs/14_show.ipynb #a51a6c3e
+# %% ../nbs/14_show.ipynb #b56a6014
 @patch
 def refresh(self: TrainingPanel):
     "Draw into the widget if there is one, else print a line."
@@ -761,6 +785,7 @@ def refresh(self: TrainingPanel):
     else: self.say(self.line())
     self.drawn = monotonic()
 
+# %% ../nbs/14_show.ipynb #3ad52e18
 @patch
 def __call__(
     self: TrainingPanel,

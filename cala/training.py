@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHOICES', 'POSITIVE', 'FACTORS', 'FRAME_FLAGS', 'MAY_DIFFER', 'DataRecipe', 'ModelRecipe', 'LoopRecipe', 'KeepRecipe',
            'Recipe', 'run_folder', 'parameter_groups', 'rate_at', 'make_schedule', 'Run', 'make_model', 'open_split',
-           'make_loader', 'Trainer', 'same_recipe', 'train']
+           'make_loader', 'Trainer', 'check_output', 'trackers', 'same_recipe', 'idle_epochs', 'train']
 
-# %% ../nbs/13_training.ipynb #9924add4
+# %% ../nbs/13_training.ipynb #fb5f3bb9
 import io
 import json
 import math
@@ -35,7 +35,7 @@ from .features import cache_tokens
 from .features import use_cache
 from .model import CaLa
 from .model import checkpoint_folder
-from .model import load_checkpoint
+from .model import load_weights
 from .model import read_recipe
 from .model import save_checkpoint
 from .model import write_atomically
@@ -239,7 +239,7 @@ def make_loader(
     sampler = DistributedSampler(data, ranks, rank, shuffle=True, seed=recipe.seed, drop_last=True)
     return DataLoader(data, share, sampler=sampler, drop_last=True, collate_fn=collate, num_workers=recipe.num_workers)
 
-# %% ../nbs/13_training.ipynb #ce6a7340
+# %% ../nbs/13_training.ipynb #f3a84e19
 class Trainer:
     "Everything a run needs, made from its recipe."
     def __init__(
@@ -248,91 +248,99 @@ class Trainer:
         watch=None,     # called with every row of the log and of the metrics, for a live picture
     ):
         self.recipe, self.watch, self.output = recipe, watch or (lambda row: None), run_folder(recipe)
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, log_with=_trackers(recipe, self.output))
+        check_output(self.output, recipe)
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, log_with=trackers(recipe, self.output))
         self.run = Run(self.output, recipe)
-        _check_output(self.output, recipe)
         set_seed(recipe.seed)
-        self._open()
+        self.open()
 
-# %% ../nbs/13_training.ipynb #7f8fef4f
-def _check_output(output, recipe):
-    "A new run wants an empty folder; a resumed one wants the folder of the same recipe."
-    if not recipe.resume and output.exists() and any(output.iterdir()):
+# %% ../nbs/13_training.ipynb #02272c69
+def check_output(
+    output: Path,    # the run's folder
+    recipe: Recipe,  # new, or resumed
+):
+    "CalaError if a new run would write over something, or a resumed one has nothing to go on with."
+    if not recipe.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CalaError(f"{output} is not empty; choose another --output, or go on with it by --resume {output}")
     if recipe.resume and not output.is_dir(): raise CalaError(f"--resume {output}: no such folder")
 
-# %% ../nbs/13_training.ipynb #9141169d
-def _trackers(recipe, output):
+# %% ../nbs/13_training.ipynb #3667aa23
+def trackers(
+    recipe: Recipe,  # tensorboard, api_key, workspace, comet_offline
+    output: Path,    # the run's folder
+) -> list:           # for Accelerate; None where the CSV files are all
     "Accelerate trackers that the recipe asks for."
-    trackers = []
-    if recipe.tensorboard: trackers.append(_tracker("TensorBoardTracker", "tensorboard", output.name, logging_dir=str(output)))
-    if recipe.comet_offline:
-        trackers.append(_tracker("CometMLTracker", "comet_ml", recipe.experiment_name or "cala", online=False,
-                                 experiment_config=_comet_config(recipe)))
-    elif recipe.api_key:
-        trackers.append(_tracker("CometMLTracker", "comet_ml", recipe.experiment_name or "cala", api_key=recipe.api_key,
-                                 workspace=recipe.workspace))
-    return trackers or None
+    return None
 
-# %% ../nbs/13_training.ipynb #17fcd588
+# %% ../nbs/13_training.ipynb #6db0ac3e
 @patch
-def _open(self: Trainer):
+def open(self: Trainer):
     "Data, model, optimizer and schedule."
-    recipe = self.recipe
-    captions = [text for data in open_split(recipe, "train") for triplet in data.triplets for text in triplet.captions]
-    model = make_model(recipe, captions)
+    recipe, accelerator = self.recipe, self.accelerator
+    (data,), captions = open_split(recipe, "train"), []
+    captions = [text for triplet in data.triplets for text in triplet.captions]
+    model = make_model(recipe, captions).to(accelerator.device)
     transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
     (self.data,), self.validation = open_split(recipe, "train", transform), open_split(recipe, "val", transform)
     for data in (self.data, *self.validation): data.require_pictures(allow_missing=recipe.allow_missing)
-    model.to(self.accelerator.device)
-    self._cache(model)
-    self.loader = make_loader(self.data, recipe, self.accelerator.num_processes, self.accelerator.process_index)
+    self.cache(model)
+    self.loader = make_loader(self.data, recipe, accelerator.num_processes, accelerator.process_index)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.learning_rate), weight_decay=recipe.weight_decay)
-    self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+    self.model, self.optimizer = accelerator.prepare(model, optimizer)
     self.schedule = make_schedule(optimizer, recipe, len(self.loader))
 
-# %% ../nbs/13_training.ipynb #aeb3c8f5
+# %% ../nbs/13_training.ipynb #5656fc19
 @patch
-def _cache(self: Trainer, model):
-    "Replace pictures by cached tokens if the recipe asks for it."
-    if self.recipe.cache == "off": return
-    folder = Path(self.recipe.cache_dir or Path(self.recipe.data_root) / ".cala_cache")
-    for data in (self.data, *self.validation):
-        use_cache(data, cache_tokens(model.backbone.trunk, data.gallery, folder, num_workers=self.recipe.num_workers))
-
-# %% ../nbs/13_training.ipynb #36cb7276
-@patch
-def step(
+def cache(
     self: Trainer,
-    batch,          # cala.data.Batch
-) -> dict:          # row of the log
-    "One update on one batch."
-    device = self.accelerator.device
-    with self.accelerator.autocast():
-        losses = self.model(batch.reference.to(device), batch.captions, batch.target.to(device))
-    if self._finite(losses.total, batch):
-        self.accelerator.backward(losses.total)
-        self.optimizer.step()
-    self.optimizer.zero_grad()
-    rate = self.schedule.get_last_lr()[0]
-    self.schedule.step()
-    return dict(epoch=self.run.epochs_done + 1, step=len(self.run.log) + 1, loss=losses.total.item(), qtm=losses.qtm.item(),
-                tbia=losses.tbia.item(), ctr=losses.ctr.item(), learning_rate=rate)
+    model: CaLa,  # its trunk makes the tokens
+):
+    "Replace pictures by cached tokens if the recipe asks for it."
+    recipe = self.recipe
+    if recipe.cache == "off": return
+    folder = Path(recipe.cache_dir or Path(recipe.data_root) / ".cala_cache")
+    for data in (self.data, *self.validation):
+        use_cache(data, cache_tokens(model.backbone.trunk, data.gallery, folder, num_workers=recipe.num_workers))
 
-# %% ../nbs/13_training.ipynb #69b09aa5
+# %% ../nbs/13_training.ipynb #54e0cfa9
 @patch
-def _finite(self: Trainer, loss, batch):
-    "True if the loss can be used; else count it, or stop with the names of the batch."
+def usable(
+    self: Trainer,
+    loss: torch.Tensor,  # scalar
+    batch,               # where it comes from
+) -> bool:
+    "True if the loss is finite; else count it, or stop with the names of the batch."
     if torch.isfinite(loss): return True
     self.run.skipped += 1
     if self.recipe.skip_nonfinite: return False
     names = [self.data.triplets[i].pair_id for i in batch.index.tolist()]
-    raise CalaError(f"the loss is {loss.item()} at step {len(self.run.log) + 1}, in the batch of pairs {', '.join(names[:5])}, ...; "
-                    f"the weights of the last complete epoch are in {self.output / 'last'}. Lower --learning-rate, or --skip-nonfinite")
+    kept = f"epoch {self.run.epochs_done} is kept in {self.output / 'last'}" if self.run.epochs_done else "no epoch is complete yet"
+    raise CalaError(f"the loss is {loss.item()} at step {len(self.run.log) + 1}, in the batch of pairs {', '.join(names[:5])} ...; {kept}; "
+                    "lower --learning-rate, or leave such steps out with --skip-nonfinite")
 
-# %% ../nbs/13_training.ipynb #616fd2ae
+# %% ../nbs/13_training.ipynb #4ae404f9
 @patch
-def epoch(self: Trainer, bar):
+def step(
+    self: Trainer,
+    batch,  # cala.data.Batch
+) -> dict:  # row of the log
+    "One update on one batch."
+    device, rate = self.accelerator.device, self.schedule.get_last_lr()[0]
+    with self.accelerator.autocast(): losses = self.model(batch.reference.to(device), batch.captions, batch.target.to(device))
+    if self.usable(losses.total, batch):
+        self.accelerator.backward(losses.total)
+        self.optimizer.step()
+    self.optimizer.zero_grad()
+    self.schedule.step()
+    return dict(epoch=self.run.epochs_done + 1, step=len(self.run.log) + 1, loss=losses.total.item(), qtm=losses.qtm.item(),
+                tbia=losses.tbia.item(), ctr=losses.ctr.item(), learning_rate=rate)
+
+# %% ../nbs/13_training.ipynb #e3972aad
+@patch
+def epoch(
+    self: Trainer,
+    bar,  # a tqdm bar
+):
     "One pass over the triplets."
     number = self.run.epochs_done + 1
     set_seed(self.recipe.seed * 100_003 + number)
@@ -344,7 +352,7 @@ def epoch(self: Trainer, bar):
         bar.update(); bar.set_postfix(epoch=number, loss=f"{row['loss']:.3f}")
     self.run.epochs_done = number
 
-# %% ../nbs/13_training.ipynb #6d25d92c
+# %% ../nbs/13_training.ipynb #70ac77d9
 @patch
 def validate(self: Trainer) -> dict:  # a row of metrics.csv
     "Metrics of the validation split; `score` is what the best checkpoint is chosen by."
@@ -353,30 +361,32 @@ def validate(self: Trainer) -> dict:  # a row of metrics.csv
     found = evaluate(model, data, batch_size=max(64, self.recipe.batch_size), progress=False)
     row = dict(epoch=self.run.epochs_done, score=found["mean"], **found)
     self.run.metrics.append(row); self.watch(row)
-    self.accelerator.log({f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}, step=len(self.run.log))
+    numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
+    self.accelerator.log(numbers, step=len(self.run.log))
     return row
 
-# %% ../nbs/13_training.ipynb #62d26e64
+# %% ../nbs/13_training.ipynb #3286b0f2
+@patch
+def state(self: Trainer) -> bytes:  # a torch file of tensors and plain values
+    "Optimizer, schedule, scaler and logs."
+    file, run, scaler = io.BytesIO(), self.run, self.accelerator.scaler
+    torch.save(dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler.state_dict() if scaler else {},
+                    epochs_done=run.epochs_done, log=run.log, metrics=run.metrics, skipped=run.skipped), file)
+    return file.getvalue()
+
+# %% ../nbs/13_training.ipynb #8a46e15f
 @patch
 def save(self: Trainer):
-    "Logs, the last state, and the best weights if this epoch's are."
+    "The best weights if this epoch's are, the last state, the logs."
     if not self.accelerator.is_main_process: return
-    run, model = self.run, self.accelerator.unwrap_model(self.model)
+    run, recipe, model = self.run, asdict(self.recipe), self.accelerator.unwrap_model(self.model)
+    recipe.pop("api_key")  # a secret is not part of how a model was made
     latest = run.metrics[-1] if run.metrics and run.metrics[-1]["epoch"] == run.epochs_done else {}
-    if self.recipe.save_best and latest and latest is run.best: save_checkpoint(model, self.output / "best", asdict(self.recipe), latest)
-    if self.recipe.save_training:
-        save_checkpoint(model, self.output / "last", asdict(self.recipe), latest, {"state.pt": self._state()})
+    if self.recipe.save_best and latest and latest is run.best: save_checkpoint(model, self.output / "best", recipe, latest)
     for name, rows in (("log.csv", run.log), ("metrics.csv", run.metrics)):
+        self.output.mkdir(parents=True, exist_ok=True)
         if rows: write_atomically(self.output / name, pd.DataFrame(rows).to_csv(index=False).encode())
-
-# %% ../nbs/13_training.ipynb #c99c3b86
-@patch
-def _state(self: Trainer) -> bytes:  # a torch file of tensors and plain values
-    "What a resumed run needs beside the weights."
-    file, run = io.BytesIO(), self.run
-    torch.save(dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), epochs_done=run.epochs_done,
-                    log=run.log, metrics=run.metrics, skipped=run.skipped), file)
-    return file.getvalue()
+    if self.recipe.save_training: save_checkpoint(model, self.output / "last", recipe, latest, {"state.pt": self.state()})
 
 # %% ../nbs/13_training.ipynb #91cf6eb6
 MAY_DIFFER = {"resume", "output", "data_root", "cache", "cache_dir", "num_workers", "keep_pictures", "num_epochs", "api_key", "workspace",
@@ -392,20 +402,46 @@ def same_recipe(
     differ = [f"--{key.replace('_', '-')} {saved.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and saved.get(key) != now[key]]
     if differ: raise CalaError(f"{folder} is of another recipe: {'; '.join(differ)}. Give the same flags, or a new --output")
 
-# %% ../nbs/13_training.ipynb #0d95fc86
+# %% ../nbs/13_training.ipynb #2c3e973d
 @patch
 def resume(self: Trainer):
     "Load weights, optimizer, schedule and logs of the last complete epoch."
     folder = self.output / "last"
     same_recipe(read_recipe(folder)["recipe"], self.recipe, folder)
-    kept = load_checkpoint(folder, weights=self.recipe.backbone_weights if self.recipe.encoder_arch != "tiny" else None)
-    self.accelerator.unwrap_model(self.model).load_state_dict(kept.state_dict())
-    try: state = torch.load(checkpoint_folder(folder) / "state.pt", weights_only=True, map_location="cpu")
-    except Exception as error: raise CalaError(f"{folder / 'state.pt'} cannot be read ({type(error).__name__}); start again with another --output") from error
+    file = checkpoint_folder(folder) / "state.pt"
+    try: state = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error: raise CalaError(f"{file} cannot be read ({type(error).__name__}); start again with another --output") from error
+    load_weights(self.accelerator.unwrap_model(self.model), folder)
     self.optimizer.load_state_dict(state["optimizer"]); self.schedule.load_state_dict(state["schedule"])
+    if self.accelerator.scaler: self.accelerator.scaler.load_state_dict(state["scaler"])
     self.run.epochs_done, self.run.log, self.run.metrics, self.run.skipped = (state[k] for k in ("epochs_done", "log", "metrics", "skipped"))
 
-# %% ../nbs/13_training.ipynb #6fee988d
+# %% ../nbs/13_training.ipynb #283e237c
+@patch
+def pass_once(
+    self: Trainer,
+    bar,  # a tqdm bar
+):
+    "An epoch, its validation if it is due, and what is kept of both."
+    run, final = self.run, self.run.epochs_done + 1 == self.recipe.num_epochs
+    try:
+        self.epoch(bar)
+        if final or run.epochs_done % self.recipe.validation_frequency == 0: self.validate()
+        self.save()
+    except KeyboardInterrupt as stop:
+        whole = checkpoint_folder(self.output / "last").is_dir()
+        how = f"go on with --resume {self.output}" if whole else "no complete epoch was kept"
+        raise CalaError(f"stopped by Ctrl-C in epoch {run.log[-1]['epoch'] if run.log else 1}: {how}") from stop
+
+# %% ../nbs/13_training.ipynb #60399cfa
+def idle_epochs(
+    recipe: Recipe,  # of a run
+) -> int:            # epochs at its end that train nothing
+    "Epochs whose learning rate is zero throughout."
+    if recipe.schedule != "cosine" or recipe.min_lr > 0: return 0
+    return max(0, math.floor(recipe.num_epochs - recipe.max_epoch))
+
+# %% ../nbs/13_training.ipynb #fceaf9d7
 def train(
     recipe: Recipe,        # how
     watch=None,            # called with every row of the log and of the metrics
@@ -414,25 +450,12 @@ def train(
     "Train CaLa as the recipe says; the folder holds log.csv, metrics.csv, best/ and last/."
     trainer = Trainer(recipe, watch)
     if recipe.resume: trainer.resume()
-    todo = range(trainer.run.epochs_done, recipe.num_epochs)
-    idle = recipe.num_epochs - recipe.max_epoch
-    if idle > 0 and recipe.min_lr == 0 and recipe.schedule == "cosine":
-        trainer.accelerator.print(f"note: --max-epoch {recipe.max_epoch} and --min-lr 0: the last {idle} of {recipe.num_epochs} epochs train nothing")
-    if trainer.accelerator.log_with: trainer.accelerator.init_trackers(recipe.experiment_name or "cala", {k: v for k, v in asdict(recipe).items() if k != "api_key"})
-    with tqdm(total=len(todo) * len(trainer.loader), desc="training", disable=not (progress and trainer.accelerator.is_main_process)) as bar:
+    say, run, name = trainer.accelerator.print, trainer.run, recipe.experiment_name or "training"
+    if idle_epochs(recipe): say(f"note: --max-epoch {recipe.max_epoch} and --min-lr 0: the last {idle_epochs(recipe)} of {recipe.num_epochs} epochs train nothing")
+    todo = range(run.epochs_done, recipe.num_epochs)
+    with tqdm(total=len(todo) * len(trainer.loader), desc=name, disable=not (progress and trainer.accelerator.is_main_process)) as bar:
         for _ in todo: trainer.pass_once(bar)
     trainer.accelerator.end_training()
-    trainer.run.model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    return trainer.run
-
-# %% ../nbs/13_training.ipynb #ddc2d321
-@patch
-def pass_once(self: Trainer, bar):
-    "An epoch, its validation if it is due, and what is kept of both; Ctrl-C says how to go on."
-    last = self.run.epochs_done + 1 == self.recipe.num_epochs
-    try: self.epoch(bar)
-    except KeyboardInterrupt:
-        kept = f"go on with --resume {self.output}" if self.run.epochs_done and self.recipe.save_training else "nothing is kept before the first epoch ends"
-        raise CalaError(f"stopped in epoch {self.run.epochs_done + 1}; {self.run.epochs_done} are complete: {kept}")
-    if last or self.run.epochs_done % self.recipe.validation_frequency == 0: self.validate()
-    self.save()
+    if run.skipped: say(f"note: {run.skipped} of {len(run.log)} steps were left out because their loss was not finite")
+    run.model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    return run

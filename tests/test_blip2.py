@@ -103,6 +103,8 @@ def same(own, theirs):
 def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
     folder, images, said = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
+    monkeypatch.setattr(blip2, "_online", lambda: True)
+    monkeypatch.setattr(blip2, "fetch", lambda url: folder / url.rsplit("/", 1)[-1])
     with offline_lavis(folder): backbone = make_backbone("blip2")
     assert type(backbone.trunk.module).__module__ == "lavis.models.clip_vit" and backbone.trunk.module.conv1.weight.dtype == torch.float32
     assert len({id(backbone.trunk), *map(id, (backbone.textual, backbone.multimodal, backbone.visual))}) == 4 and backbone.dim == 768
@@ -264,18 +266,29 @@ def test_no_network_names_file_url_and_flag(published):
         with pytest.raises(CalaError) as said: make_backbone("blip2", **options)
         line = str(said.value)
         assert name in line and f"/{name}" in line and "https://" in line and flag in line and "\n" not in line
+    assert "clip_vit_L.pth" in str(pytest.raises(CalaError, make_backbone, "blip2", weights="nowhere.pth").value)
+
+
+def test_no_network_spares_the_retries_of_lavis(published, monkeypatch):
+    folder, *_ = published
+    monkeypatch.setattr(blip2, "urlopen", no_network)
+    monkeypatch.setattr(blip2, "_lavis_loader", lambda: pytest.fail)
+    with pytest.raises(CalaError, match="blip2_pretrained_vitL.pth is missing"): make_backbone("blip2")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder))
+    folder.rename(folder.with_name("moved")); (folder / "checkpoints").mkdir(parents=True)
+    for path in folder.with_name("moved").iterdir(): path.rename(folder / "checkpoints" / path.name)
+    assert make_backbone("blip2", tokenizer=str(folder / "checkpoints")).dim == 64  # cached files serve
 
 
 def test_no_network_and_no_cached_vocabulary_is_one_line(published, monkeypatch):
-    import huggingface_hub
     folder, *_ = published
     (folder / "vocab.txt").unlink()
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    monkeypatch.setattr(blip2, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(CalaError, match=r"vocab.txt is missing .*huggingface.co/bert-base-uncased.*--tokenizer"): make_backbone("blip2", weights=str(folder))
 
 
 def test_vit_g_without_lavis_says_what_it_needs(published):
-    with pytest.raises(CalaError, match="salesforce-lavis, which needs Python below 3.12"): make_backbone("blip2", model_name="pretrain")
+    with pytest.raises(CalaError, match="pretrain needs salesforce-lavis"): make_backbone("blip2", model_name="pretrain")
 
 
 class Bomb:

@@ -2,6 +2,7 @@
 import json
 
 import matplotlib
+import matplotlib.pyplot
 import pandas as pd
 import pytest
 from PIL import Image

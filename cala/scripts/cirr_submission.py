@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Submission', 'main']
 
-# %% ../../nbs/22_cirr_submission.ipynb #d105c2da
+# %% ../../nbs/22_cirr_submission.ipynb #f981b1e7
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..commands import CalaError
 from ..commands import command
 from ..data import CIRR
 from ..model import write_atomically
+from ..retrieval import submittable
 from ..retrieval import write_cirr_submission
 from .validate import DataFlags
 from .validate import build_model
@@ -34,14 +35,14 @@ class Submission(DataFlags):
         super().__post_init__()
         if not self.submission_name or set(self.submission_name) & set("/\\\0"): raise CalaError(f"--submission-name {self.submission_name!r}: give a plain file name")
 
-# %% ../../nbs/22_cirr_submission.ipynb #bbd45e63
+# %% ../../nbs/22_cirr_submission.ipynb #769061d5
 @command
 def main(
     flags: Submission,  # every field is a flag
 ):
     "Write and check the two files that the CIRR server takes."
     flags = filled(flags)
-    data = CIRR(flags.data_root, flags.split).require_pictures()
+    data = submittable(CIRR(flags.data_root, flags.split).require_pictures())
     name = flags.submission_name
     files = (f"recall_submission_{name}.json", f"recall_subset_submission_{name}.json", f"{name}_facts.json")
     folder, model = output_folder(flags.output, files), build_model(flags)

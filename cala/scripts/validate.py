@@ -7,7 +7,7 @@ __all__ = ['BLIP2_ROLES', 'FILES', 'ModelFlags', 'model_source', 'load_role', 'l
            'sha256', 'weights_read', 'DataFlags', 'filled', 'find_device', 'embed_with', 'judge', 'table', 'heading',
            'output_folder', 'facts', 'write_results', 'Validation', 'main']
 
-# %% ../../nbs/21_validate.ipynb #d0220a46
+# %% ../../nbs/21_validate.ipynb #a4c2b3af
 import hashlib
 import json
 import platform
@@ -27,6 +27,8 @@ from ..composition import frames
 from ..composition import make_frame
 from ..data import open_dataset
 from ..encoders import make_backbone
+from ..features import cache_tokens
+from ..features import use_cache
 from ..model import CaLa
 from ..model import checkpoint_folder
 from ..model import load_checkpoint
@@ -174,7 +176,7 @@ def weights_read(
         if file.is_file(): found[name] = dict(path=str(file), sha256=sha256(file))
     return found
 
-# %% ../../nbs/21_validate.ipynb #049f4dcb
+# %% ../../nbs/21_validate.ipynb #3cfde0c5
 @dataclass
 class DataFlags(ModelFlags):
     "Which model, and how pictures are read."
@@ -185,9 +187,10 @@ class DataFlags(ModelFlags):
     num_workers: int = 0          # processes that decode pictures
     device: str = None            # cpu, cuda, cuda:1 ...; None: a GPU if there is one
     precision: str = "no"         # no (float32), bf16 or fp16
-    allow_missing: bool = False   # go on although pictures are missing; every result says how many
+    cache: str = "off"            # off; tokens: the frozen trunk's tokens once per picture, on disk, as cala-train keeps them
+    cache_dir: str = None         # where token caches live; None: .cala_cache beside the data
 
-# %% ../../nbs/21_validate.ipynb #8154f37f
+# %% ../../nbs/21_validate.ipynb #f49f29ac
 def filled(
     flags: DataFlags,  # as typed
 ) -> DataFlags:
@@ -197,10 +200,11 @@ def filled(
         if getattr(flags, key, "") is None: setattr(flags, key, said.get(key) or default)
     for key in ("batch_size", "target_ratio"):
         if not getattr(flags, key) > 0: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: give a number above 0")
-    if flags.precision not in ("no", "bf16", "fp16"): raise CalaError(f"--precision {flags.precision}: choose one of no, bf16, fp16")
+    for key, choices in dict(precision=("no", "bf16", "fp16"), cache=("off", "tokens")).items():
+        if getattr(flags, key) not in choices: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: choose one of {', '.join(choices)}")
     return flags
 
-# %% ../../nbs/21_validate.ipynb #ea9ba676
+# %% ../../nbs/21_validate.ipynb #367306c7
 def find_device(
     name: str = None,  # as torch calls it; None: a GPU if there is one
 ) -> torch.device:
@@ -208,6 +212,7 @@ def find_device(
     try: return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error: raise CalaError(f"--device {name}: {str(error).splitlines()[0]}; try --device cpu") from error
 
+# %% ../../nbs/21_validate.ipynb #6017d67e
 def embed_with(
     model: CaLa,       # what embeds
     data,              # CIRR or FashionIQ
@@ -215,6 +220,9 @@ def embed_with(
 ):                     # Embedded, float32
     "`embed`, on the device and in the precision of the flags."
     device, kinds = find_device(flags.device), dict(bf16=torch.bfloat16, fp16=torch.float16)
+    if flags.cache == "tokens":
+        place = flags.cache_dir or Path(flags.data_root) / ".cala_cache"
+        use_cache(data, cache_tokens(model.to(device).backbone.trunk, data.gallery, place, num_workers=flags.num_workers))
     with torch.autocast(device.type, kinds.get(flags.precision), enabled=flags.precision in kinds):
         return embed(model, data, flags.batch_size, device, flags.num_workers)
 
@@ -229,25 +237,28 @@ def judge(
     return {"chance": chance(data), "image only": image_only(found, data), "text only": text_only(found, data),
             model.config["cir_frame"]: measure(model.frame, found, data)}
 
-# %% ../../nbs/21_validate.ipynb #264551a2
+# %% ../../nbs/21_validate.ipynb #e30e154f
 def _label(key):
     "`group_recall_at1` -> `Rs@1`, `dress_recall_at10` -> `dress R@10`."
     head, _, k = key.partition("recall_at")
     return f"Rs@{k}" if head == "group_" else f"{head[:-1]} R@{k}".strip()
 
+# %% ../../nbs/21_validate.ipynb #e399d413
 def table(
     results: dict,  # row -> Result
 ) -> pd.DataFrame:  # a row a method, a column a recall, and the mean that selects models
     "Recalls in percent."
     return pd.DataFrame({row: {_label(k): v for k, v in result.items() if "recall_at" in k} | {"mean": result["mean"]} for row, result in results.items()}).T
 
+# %% ../../nbs/21_validate.ipynb #0f792632
 def heading(
     result: dict,  # a Result
 ) -> str:
     "What was measured on."
     parts = [f"{k[:-8]} {result[k]:,}" for k in result if k.endswith("_gallery")] or [f"{result['gallery']:,}"]
     missing = f"; {result['missing']:,} pictures missing" if result["missing"] else ""
-    return f"{result['dataset']} {result['split']}, {result['protocol']}; gallery {', '.join(parts)}; {result['queries']:,} queries{missing}"
+    protocol = result["protocol"] if result["dataset"] == "CIRR" else f"protocol {result['protocol']}"
+    return f"{result['dataset']} {result['split']}, {protocol}; gallery {', '.join(parts)}; {result['queries']:,} queries{missing}"
 
 # %% ../../nbs/21_validate.ipynb #a082c2e6
 FILES = ("result.json", "result.csv", "ranks.csv")
@@ -291,13 +302,14 @@ def write_results(
     write_atomically(folder / "result.csv", rows.to_csv(index=False).encode())
     write_atomically(folder / "ranks.csv", results[last].ranks.to_csv(index=False).encode())
 
-# %% ../../nbs/21_validate.ipynb #3b51cd07
+# %% ../../nbs/21_validate.ipynb #e606bbd3
 @dataclass
 class Validation(DataFlags):
     "What a model reaches on the validation split of CIRR or FashionIQ."
     dataset: str = None                     # CIRR or FashionIQ, in any case; None: the checkpoint's
     protocol: str = "original"              # FashionIQ's gallery: original (the split file) or val (references and targets)
     categories: str = "dress,shirt,toptee"  # FashionIQ: which, separated by commas
+    allow_missing: bool = False             # go on although pictures are missing; every result says how many
     output: str = "validation"              # folder of result.json, result.csv and ranks.csv
 
 # %% ../../nbs/21_validate.ipynb #ad1246f0

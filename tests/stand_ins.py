@@ -1,0 +1,21 @@
+"Real annotations with pictures that stand in for those which nobody may hand on: one small picture drawn for each name."
+import hashlib
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from cala.data import open_dataset
+
+FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset"}
+
+
+def stand_in_root(real, root, name, split):
+    "Copy a data set's annotations from `real` and draw an 8 x 8 picture, coloured by its name, for all of a split; the data root."
+    folder = Path(root) / FOLDERS[name]
+    shutil.copytree(Path(real) / FOLDERS[name], folder)
+    gallery = open_dataset(name, root, split).gallery
+    for picture, path in zip(gallery.names, gallery.paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (8, 8), hashlib.shake_128(picture.encode()).digest(192)).save(path)
+    return Path(root)

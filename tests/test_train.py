@@ -1,0 +1,286 @@
+"cala-train as a whole: every flag of the seed, each mistake in one line, and runs that are killed, stopped, resumed, repeated."
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cala.training
+from cala.commands import CalaError
+from cala.commands import parse_flags
+from cala.commands import run_command
+from cala.data import open_dataset
+from cala.model import CaLa
+from cala.model import load_checkpoint
+from cala.retrieval import evaluate
+from cala.scripts.train import main
+from cala.training import Recipe
+from cala.training import train
+from cala.worlds import draw_cirr
+from small_runs import draw_small_world
+from small_runs import lines_of
+from small_runs import train_flags
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    "Bit for bit is promised on one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(world, output, *more, **how): return run_command(main, train_flags(world, output, *more, **how), prog="cala-train")
+
+
+def refused(capsys, world, output, *more):
+    "The one line of a run that ends with status 2."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended: run(world, output, *more)
+    assert ended.value.code == 2
+    lines = lines_of(capsys.readouterr().err)
+    assert len(lines) == 1 and lines[0].startswith("cala-train: "), lines
+    return lines[0]
+
+
+def kept(folder):
+    "What a run leaves, to compare bit for bit: every table, every tensor, every number of the state."
+    found = {name: (folder / name).read_bytes() for name in ("log.csv", "metrics.csv")}
+    for name in ("best", "last"): found |= {f"{name}/{key}": value.numpy().tobytes() for key, value in load_file(folder / name / "model.safetensors").items()}
+    return found | dict(state=flat(torch.load(folder / "last/state.pt", weights_only=True)))
+
+
+def flat(value):
+    "Nested dicts and lists with tensors as bytes; NaN as a word, since it differs from itself."
+    if isinstance(value, torch.Tensor): return value.numpy().tobytes()
+    if isinstance(value, dict): return {key: flat(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)): return [flat(v) for v in value]
+    return "nan" if value != value else value
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    "The folder of the run that others are compared with."
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(world, folder, epochs=3)
+    return folder
+
+
+# ---------------------------------------------------------------- the command line
+
+SEED = """--dataset {dataset} --num-epochs 30 --batch-size 64 --max-epoch 15 --min-lr 0 --learning-rate 5e-6 --transform targetpad --target-ratio 1.25
+    --save-training --save-best --validation-frequency 1 --encoder {encoder} --encoder-arch {arch} --cir-frame {frame} --tac-weight 0.45 --hca-weight 0.1
+    --embeds-dim {dim} --model-name {model} --api-key Comet-api-key --workspace Comet-workspace --experiment-name Comet-experiment-name"""
+
+
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+@pytest.mark.parametrize("arch, dim, model", [("clip", 640, "RN50x4"), ("blip2", 768, "None")])
+def test_every_value_of_the_seeds_command_line_is_read_as_printed_there(dataset, arch, dim, model):
+    for encoder in ("both", "text", "multi"):
+        for frame in ("sum", "artemis"):
+            recipe = parse_flags(Recipe, SEED.format(dataset=dataset, encoder=encoder, arch=arch, frame=frame, dim=dim, model=model).split())
+            assert (recipe.dataset, recipe.encoder, recipe.encoder_arch, recipe.cir_frame, recipe.embeds_dim) == (dataset, encoder, arch, frame, dim)
+            assert recipe.model_name == (None if model == "None" else model) and recipe.api_key == "Comet-api-key"
+            assert (recipe.learning_rate, recipe.min_lr, recipe.save_training, recipe.save_best, recipe.target_ratio) == (5e-6, 0, True, True, 1.25)
+
+
+def test_the_seeds_command_line_trains_from_a_shell(world, tmp_path):
+    words = SEED.format(dataset="cirr", encoder="both", arch="tiny", frame="sum", dim=32, model="None").split()
+    words[words.index("--api-key"):] = ["--api-key", "", "--workspace", "None", "--experiment-name", "first"]  # no Comet: not a word about it
+    smaller = ["--num-epochs", "1", "--batch-size", "16", "--data-root", str(world), "--backbone-weights", str(world / "small.safetensors")]
+    done = subprocess.run([sys.executable, "-m", "cala.scripts.train", *words, *smaller], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "recall_at1" in done.stdout and "1 epochs; logs and checkpoints in runs/first" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/first").iterdir()) == ["best", "last", "log.csv", "metrics.csv"]
+    again = subprocess.run([sys.executable, "-m", "cala.scripts.train", *words, *smaller], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert again.returncode == 2 and len(lines_of(again.stderr)) == 1 and "runs/first is not empty" in again.stderr
+
+
+# ---------------------------------------------------------------- mistakes
+
+def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undisturbed):
+    says = lambda *words, output=tmp_path / "out": refused(capsys, world, output, *words)
+    assert "holds no annotations of CIRR" in says("--data-root", tmp_path)
+    assert "no folder" in says("--data-root", tmp_path / "nowhere")
+    assert "choose one of CIRR, FashionIQ" in says("--dataset", "COCO")
+    assert "choose one of sum, artemis, combiner" in says("--cir-frame", "mean")
+    assert "choose one of blip2, clip, tiny" in says("--encoder-arch", "vgg")
+    assert "choose one of both, multi, text" in says("--encoder", "none")
+    assert "--embeds-dim 640: this tiny backbone has 32" in says("--embeds-dim", 640)
+    assert "--batch-size 0: give a number above 0" in says("--batch-size", 0)
+    assert "do not fill a batch of 4096" in says("--batch-size", 4096)
+    assert "no transform" in says("--transform", "stretch")
+    assert "takes no hidden_dim" in says("--hidden-dim", 64)
+    assert "FashionIQ has dress, shirt, toptee" in says("--dataset", "FashionIQ", "--categories", "hats")
+    assert "no such folder" in says("--resume", tmp_path / "nowhere")
+    assert "is not empty" in says(output=world)
+    (tmp_path / "out").mkdir()
+    assert "is no checkpoint" in says("--resume", tmp_path / "out")
+    assert "--batch-size 16 there, 8 here" in says("--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
+    assert "--cir-frame sum there, combiner here" in says("--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
+    with pytest.raises(SystemExit) as ended: run(world, tmp_path / "out", "--bath-size", 3)
+    assert ended.value.code == 2 and "--bath-size" in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir())  # a refused run leaves nothing
+
+
+def test_a_split_that_does_not_exist_is_named(world):
+    with pytest.raises(CalaError, match="no split 'valid'; CIRR has train, val, test1"): open_dataset("CIRR", world, "valid")
+    with pytest.raises(CalaError, match="no split 'valid'; FashionIQ has train, val, test"): open_dataset("FashionIQ", world, "valid")
+
+
+def test_a_missing_picture_and_a_broken_one_are_named(tmp_path, world, capsys):
+    draw_cirr(tmp_path, train=4, val=2, test1=1, size=48)
+    used = open_dataset("CIRR", tmp_path, "train")
+    gone, bad = (used.gallery.paths[i] for i in used.references.unique()[:2].tolist())
+    gone.unlink()
+    words = ["--data-root", tmp_path, "--batch-size", 8]
+    assert f"1 of 24 pictures of CIRR train are missing, the first is {gone}" in refused(capsys, world, tmp_path / "out", *words)
+    with pytest.warns(UserWarning, match="1 of 24"): run(world, tmp_path / "out", *words, "--allow-missing", epochs=1)
+    bad.write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="1 of 24"):
+        assert f"{bad} cannot be decoded" in refused(capsys, world, tmp_path / "more", *words, "--allow-missing")
+
+
+# ---------------------------------------------------------------- a loss that is no number
+
+@pytest.fixture
+def nan_at_step_2(monkeypatch):
+    "The second loss of a run is NaN, with a gradient."
+    forward, count = CaLa.forward, []
+    def broken(self, *batch):
+        losses = forward(self, *batch)
+        count.append(1)
+        return losses._replace(total=losses.total * float("nan")) if len(count) == 2 else losses
+    monkeypatch.setattr(CaLa, "forward", broken)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_its_names(world, tmp_path, capsys, nan_at_step_2):
+    line = refused(capsys, world, tmp_path / "out")
+    assert "the loss is nan at step 2, in the batch of pairs " in line and "--skip-nonfinite" in line
+    named = re.search(r"of pairs ([^.;]*)", line)[1].replace(" ", "").rstrip(",").split(",")
+    assert set(named) <= {triplet.pair_id for triplet in open_dataset("CIRR", world, "train").triplets} and len(named) >= 3
+
+
+def test_skip_nonfinite_goes_on_and_counts(world, tmp_path, nan_at_step_2):
+    done = train(parse_flags(Recipe, train_flags(world, tmp_path / "out", "--skip-nonfinite", epochs=1)), progress=False)
+    assert done.skipped == 1 and len(done.log) == 2 and done.epochs_done == 1
+    assert all(value.isfinite().all() for value in done.model.state_dict().values())
+
+
+# ---------------------------------------------------------------- killed, stopped, repeated
+
+def _child(words, killed_at, error):
+    "In a process of its own: the command, which gets a signal when it calls something for the nth time; what it says goes to a file."
+    torch.set_num_threads(1)
+    where, name, number, sent = killed_at or (None, None, None, None)
+    if where:
+        owner, _, method = where.rpartition(".")
+        owner = {"Trainer": cala.training.Trainer, "Path": Path, "training": cala.training}[owner]
+        original, count = getattr(owner, method), []
+        def watched(*args, **kwargs):
+            if name is None or Path(args[0]).name == name: count.append(1)
+            if len(count) == number: os.kill(os.getpid(), sent)
+            return original(*args, **kwargs)
+        setattr(owner, method, watched)
+    with open(error, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        run_command(main, words, prog="cala-train")
+
+
+@pytest.fixture(scope="module")
+def server():
+    "Children are forked from a process that has imported everything and computed nothing: ready at once, no threads to lose."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cala.scripts.train"])
+    return context
+
+
+def in_child(server, words, error, killed_at=None):
+    "Exit code of a run in a child, or minus the signal that ended it."
+    child = server.Process(target=_child, args=(words, killed_at, str(error)))
+    child.start(); child.join(120)
+    assert child.exitcode is not None, child.kill()
+    return child.exitcode
+
+
+KILLS = {  # what a run of three epochs, two steps each, calls when it is killed: function, name of its first argument, which time
+    "in the middle of the second epoch": ("Trainer.step", None, 4, signal.SIGKILL),
+    "in the second validation": ("training.evaluate", None, 2, signal.SIGKILL),
+    "while it writes the second last/": ("Path.rename", "last", 1, signal.SIGKILL),
+    "between the two renames of last/": ("Path.rename", "last.part", 2, signal.SIGKILL),
+    "while it writes the log of the third epoch": ("training.write_atomically", "log.csv", 3, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_run_killed_and_resumed_ends_as_if_undisturbed(world, tmp_path, undisturbed, server, when):
+    words = train_flags(world, tmp_path / "run", epochs=3)
+    assert in_child(server, words, tmp_path / "said", KILLS[when]) == -signal.SIGKILL
+    assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0, (tmp_path / "said").read_text()
+    assert kept(tmp_path / "run") == kept(undisturbed)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed, server):
+    words = train_flags(world, tmp_path / "run", epochs=3)
+    assert in_child(server, words, tmp_path / "said", ("Trainer.step", None, 4, signal.SIGINT)) in (2, 130)
+    line, = lines_of((tmp_path / "said").read_text())
+    assert line.startswith("cala-train: stopped") and f"--resume {tmp_path / 'run'}" in line
+    assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0
+    assert kept(tmp_path / "run") == kept(undisturbed)
+
+
+def test_the_same_seed_twice_leaves_the_same_bytes_and_another_does_not(world, tmp_path, undisturbed):
+    run(world, tmp_path / "again", epochs=3)
+    assert kept(tmp_path / "again") == kept(undisturbed)
+    for name in ("best", "last"): assert (tmp_path / "again" / name / "model.safetensors").read_bytes() == (undisturbed / name / "model.safetensors").read_bytes()
+    run(world, tmp_path / "other", "--seed", 1, epochs=1)
+    assert pd.read_csv(tmp_path / "other/log.csv").loss[0] != pd.read_csv(undisturbed / "log.csv").loss[0]
+
+
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+def test_the_number_of_workers_changes_nothing(world, tmp_path, dataset):
+    for workers in (0, 1): run(world, tmp_path / str(workers), "--dataset", dataset, "--num-workers", workers)
+    assert kept(tmp_path / "0") == kept(tmp_path / "1")
+
+
+def test_cached_tokens_give_the_log_that_pictures_give(world, tmp_path):
+    for cache in ("off", "tokens"): run(world, tmp_path / cache, "--cache", cache, "--cache-dir", tmp_path / "tokens_kept")
+    logs = [pd.read_csv(tmp_path / cache / "log.csv") for cache in ("off", "tokens")]
+    pd.testing.assert_frame_equal(*logs, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- what trains, with what, on what
+
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+@pytest.mark.parametrize("frame", ["sum", "artemis", "combiner"])
+@pytest.mark.parametrize("encoder", ["both", "multi", "text"])
+def test_two_steps_a_checkpoint_and_the_same_metrics_again(world, tmp_path, encoder, frame, dataset):
+    recipe = parse_flags(Recipe, train_flags(world, tmp_path / "run", "--dataset", dataset, "--encoder", encoder, "--cir-frame", frame, epochs=1))
+    done = train(recipe, progress=False)
+    assert len(done.log) == 2 and all(row["loss"] == row["loss"] for row in done.log)
+    changed = changes(world, done.model)
+    assert changed == {"both": {"textual", "multimodal", "visual"}, "multi": {"textual", "multimodal"}, "text": {"textual"}}[encoder]
+    model = load_checkpoint(tmp_path / "run/best")
+    apart = ["dress", "shirt", "toptee"] if dataset == "FashionIQ" else [None]
+    data = [open_dataset(dataset, world, "val", model.backbone.transform("targetpad", 1.25), *([[one]] if one else [])) for one in apart]
+    found = evaluate(model, data if len(data) > 1 else data[0], batch_size=64, progress=False)
+    assert {key: value for key, value in done.metrics[-1].items() if key not in ("epoch", "score")} == dict(found)
+
+
+def changes(world, model):
+    "Parts of the backbone whose weights are no longer those of the stage-1 file."
+    before, after = load_file(world / "small.safetensors"), model.backbone.state_dict()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}

@@ -1,0 +1,202 @@
+"cala-validate as a whole: every source of a model, both data sets, mistakes, and the real annotations at full size."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from cala.commands import run_command
+from cala.data import CIRR
+from cala.encoders import make_backbone
+from cala.model import CaLa
+from cala.model import read_recipe
+from cala.model import save_checkpoint
+from cala.retrieval import evaluate
+from cala.scripts.validate import main
+from cala.worlds import draw_cirr
+from cala.worlds import draw_fashioniq
+from stand_ins import stand_in_root
+
+WORDS = "make the a red blue star circle smaller larger move it left is shorter and has sleeves".split()
+
+
+def tiny(frame="sum", seed=0, **options):
+    torch.manual_seed(seed)
+    return CaLa(make_backbone("tiny", vocabulary=WORDS, width=32, heads=2, layers=2), cir_frame=frame, **options)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("worlds")
+    draw_cirr(root, train=1, val=6, test1=10, size=48)
+    draw_fashioniq(root, train=1, val=10, test=1, size=48)
+    return root
+
+
+def validate(*words): return run_command(main, [str(w) for w in words], prog="cala-validate")
+
+
+def refused(capsys, *words):
+    "The one line of a command that ends with status 2."
+    with pytest.raises(SystemExit) as ended: validate(*words)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("frame", ["sum", "artemis", "combiner"])
+def test_a_checkpoint_is_judged_as_evaluate_does_and_the_files_say_on_what(root, tmp_path, capsys, frame):
+    model = tiny(frame)
+    save_checkpoint(model, tmp_path / "best", recipe=dict(dataset="CIRR", transform="squarepad", target_ratio=1.25, api_key="secret"))
+    validate("--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")  # the data set is the checkpoint's
+    said = json.loads((tmp_path / "out/result.json").read_text())
+    expected = evaluate(model, CIRR(root, "val", model.backbone.transform("squarepad")), progress=False)
+    assert said["result"] == pytest.approx(dict(expected)) and said["frame"] == frame
+    assert (said["result"]["protocol"], said["result"]["gallery"], said["result"]["queries"]) == ("reference left out", 36, 36)
+    assert said["recipe"]["transform"] == "squarepad" and "secret" not in json.dumps(said)
+    assert said["weights"]["checkpoint"]["sha256"] == read_recipe(tmp_path / "best")["sha256"]
+    ranks = pd.read_csv(tmp_path / "out/ranks.csv")
+    assert 100 * (ranks["rank"] <= 5).mean() == pytest.approx(said["result"]["recall_at5"])
+    assert 100 * (ranks["group_rank"] <= 1).mean() == pytest.approx(said["result"]["group_recall_at1"])
+    rows = pd.read_csv(tmp_path / "out/result.csv").set_index("row")
+    assert list(rows.index) == ["chance", "image only", "text only", frame]
+    assert rows.loc[frame, "weights_sha256"] == said["weights"]["checkpoint"]["sha256"] and set(rows["gallery"]) == {36}
+    printed = capsys.readouterr().out
+    assert "CIRR val, reference left out; gallery 36; 36 queries" in printed and "Rs@1" in printed
+    validate("--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")  # its own files may be written again
+
+
+def test_cached_tokens_give_the_same_result_and_are_used_again(root, tmp_path):
+    save_checkpoint(tiny(), tmp_path / "best", recipe=dict(dataset="CIRR"))
+    words = ["--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--cache-dir", tmp_path / "tokens"]
+    for name, more in dict(off=[], made=["--cache", "tokens"], read=["--cache", "tokens"]).items(): validate(*words, *more, "--output", tmp_path / name)
+    off, made, read = (json.loads((tmp_path / name / "result.json").read_text())["result"] for name in ("off", "made", "read"))
+    assert made == read and made == pytest.approx(off, abs=3)       # a tie in the last bit may change places
+
+
+@pytest.mark.parametrize("protocol", ["original", "val"])
+def test_fashioniq_is_judged_under_the_protocol_asked_for(root, tmp_path, capsys, protocol):
+    save_checkpoint(tiny(), tmp_path / "best")
+    validate("--dataset", "fashioniq", "--protocol", protocol, "--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out/result.json").read_text())["result"]
+    assert result["protocol"] == protocol and f"protocol {protocol}; gallery dress {result['dress_gallery']}" in capsys.readouterr().out
+    assert result["mean"] == pytest.approx(sum(result[f"{c}_recall_at{k}"] for c in ("dress", "shirt", "toptee") for k in (10, 50)) / 6)
+    assert set(pd.read_csv(tmp_path / "out/ranks.csv")["category"]) == {"dress", "shirt", "toptee"}
+
+
+def test_the_seeds_command_line_clip_with_a_combiner_from_released_files(root, tmp_path, capsys):
+    clip = make_backbone("clip", random_weights="small", seed=3)
+    model = CaLa(clip, cir_frame="combiner", tac_weight=0., hca_weight=0.)
+    torch.save({"epoch": 4, "Combiner": model.frame.state_dict()}, tmp_path / "combiner.pt")
+    projection, hidden = model.frame.text_projection_layer.out_features, model.frame.combiner_layer.out_features
+    words = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", tmp_path / "combiner.pt", "--projection-dim", projection,
+             "--hidden-dim", hidden, "--clip-model-name", "RN50x4", "--target-ratio", "1.25", "--transform", "targetpad",
+             "--random-weights", "small", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out"]
+    validate(*words)
+    said = json.loads((tmp_path / "out/result.json").read_text())
+    assert (said["backbone"], said["frame"]) == ("clip", "combiner") and len(said["weights"]["combiner_path"]["sha256"]) == 64
+    words[words.index("--projection-dim") + 1] = projection + 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended: validate(*words)
+    assert ended.value.code == 2 and f"--projection-dim {projection + 1}: this Combiner has {projection}" in capsys.readouterr().err
+
+
+def test_three_blip2_files_of_the_released_program_make_the_model_that_saved_them(root, tmp_path):
+    backbone = make_backbone("blip2", random_weights="small", seed=5)
+    model, paths = CaLa(backbone, tac_weight=0., hca_weight=0.), {}
+    for number, role in enumerate(("textual", "multimodal", "visual")):
+        torch.manual_seed(number)
+        for parameter in getattr(backbone, role).parameters(): torch.nn.init.normal_(parameter, std=0.05)
+        paths[role] = tmp_path / f"saved_blip2_{role}.pt"
+        torch.save({"epoch": 1, "Blip2Qformer": getattr(backbone, role).state_dict()}, paths[role])
+    files = [word for role, path in paths.items() for word in (f"--blip2-{role}-path", path)]
+    validate("--dataset", "CIRR", *files, "--random-weights", "small", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out")
+    fresh = make_backbone("blip2", random_weights="small")                       # the trunk of the command: the same flag, no seed
+    backbone.trunk.load_state_dict(fresh.trunk.state_dict())
+    expected = evaluate(model, CIRR(root, "val", backbone.transform("targetpad")), progress=False)
+    assert json.loads((tmp_path / "out/result.json").read_text())["result"] == pytest.approx(dict(expected))
+
+
+def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
+    save_checkpoint(tiny(), tmp_path / "best")
+    good = ["--data-root", root, "--device", "cpu", "--output", tmp_path / "out", "--checkpoint", tmp_path / "best"]
+    says = lambda *words: refused(capsys, *good, *words)
+    assert "--dataset CIRR or --dataset FashionIQ" in says()
+    good += ["--dataset", "CIRR"]
+    assert "there are CIRR and FashionIQ" in says("--dataset", "COCO")
+    assert "no folder" in says("--data-root", tmp_path / "nowhere")
+    assert "annotations of CIRR" in says("--data-root", tmp_path)
+    assert "is no checkpoint" in says("--checkpoint", tmp_path)
+    assert "--checkpoint and --clip-model-name name two models" in says("--clip-model-name", "RN50x4")
+    assert "--blip2-multimodal-path, --blip2-visual-path is missing" in refused(capsys, *good[:6], "--dataset", "CIRR", "--blip2-textual-path", "x")
+    assert "needs trained weights" in says("--combining-function", "combiner")
+    assert "choose one of sum, artemis, combiner" in says("--combining-function", "mean")
+    assert "no file" in says("--combining-function", "artemis", "--combiner-path", tmp_path / "none.pt")
+    assert "no transform" in says("--transform", "stretch")
+    assert "--batch-size 0" in says("--batch-size", "0")
+    assert "--target-ratio -1.0" in says("--target-ratio", "-1")
+    assert "--precision int8" in says("--precision", "int8")
+    assert "--cache ram: choose one of off, tokens" in says("--cache", "ram")
+    assert "try --device cpu" in says("--device", "abacus")
+    assert "no protocol" in says("--dataset", "FashionIQ", "--protocol", "both")
+    assert "is not empty" in says("--output", tmp_path)
+    (tmp_path / "note").write_text("")
+    assert "is a file" in says("--output", tmp_path / "note")
+    assert not (tmp_path / "out/result.json").exists()
+    with pytest.raises(SystemExit) as ended: validate(*good, "--bath-size", "3")
+    assert ended.value.code == 2 and "--bath-size" in capsys.readouterr().err
+
+
+def test_a_missing_picture_and_a_broken_one_are_named(tmp_path, capsys):
+    root = draw_cirr(tmp_path / "data", train=1, val=4, test1=1, size=48)
+    save_checkpoint(tiny(), tmp_path / "best")
+    words = ["--dataset", "CIRR", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out", "--checkpoint", tmp_path / "best"]
+    gone, bad = sorted(root.rglob("dev-*.png"))[:2]
+    gone.unlink()
+    assert gone.name in refused(capsys, *words)
+    with pytest.warns(UserWarning, match="1 of 24"): validate(*words, "--allow-missing")
+    assert json.loads((tmp_path / "out/result.json").read_text())["result"]["missing"] == 1
+    bad.write_bytes(b"no picture"); capsys.readouterr()
+    with pytest.warns(UserWarning), pytest.raises(SystemExit) as ended: validate(*words, "--allow-missing", "--num-workers", "1")
+    assert ended.value.code == 2 and f"cala-validate: {bad} cannot be decoded" in capsys.readouterr().err
+
+
+def test_from_a_shell(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "cala.scripts.validate", "--dataset", "CIRR", "--data-root", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "annotations of CIRR" in done.stderr
+
+
+REAL = Path(__file__).parents[2] / "shared/data"
+SIZES = dict(dress=(3817, 2628, 2017), shirt=(6346, 3089, 2038), toptee=(5373, 2902, 1961))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not here")
+def test_real_cirr_annotations_at_full_size(tmp_path):
+    root = stand_in_root(REAL, tmp_path / "data", "CIRR", "val")
+    save_checkpoint(tiny(), tmp_path / "best")
+    validate("--dataset", "CIRR", "--data-root", root, "--checkpoint", tmp_path / "best", "--transform", "plain", "--device", "cpu",
+             "--batch-size", 512, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out/result.json").read_text())["result"]
+    assert (result["gallery"], result["queries"]) == (2297, 4181)
+    assert len(pd.read_csv(tmp_path / "out/ranks.csv")) == 4181
+
+
+@pytest.fixture(scope="module")
+def garments(tmp_path_factory):
+    if not REAL.is_dir(): pytest.skip("the real annotations are not here")
+    return stand_in_root(REAL, tmp_path_factory.mktemp("garments"), "FashionIQ", "val")
+
+
+@pytest.mark.parametrize("protocol", ["original", "val"])
+def test_real_fashioniq_annotations_have_the_published_gallery_sizes(garments, tmp_path, protocol):
+    save_checkpoint(tiny(), tmp_path / "best")
+    validate("--dataset", "FashionIQ", "--data-root", garments, "--checkpoint", tmp_path / "best", "--protocol", protocol, "--transform", "plain",
+             "--device", "cpu", "--batch-size", 512, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out/result.json").read_text())["result"]
+    for category, (original, val, queries) in SIZES.items():
+        assert result[f"{category}_gallery"] == (original if protocol == "original" else val)
+        assert result[f"{category}_queries"] == queries
