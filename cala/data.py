@@ -6,9 +6,9 @@
 __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'CATEGORIES', 'read_picture', 'target_pad', 'square_pad', 'ImageTransform',
            'image_transform', 'Gallery', 'Triplet', 'Annotations', 'read_json', 'read_cirr', 'read_fashioniq',
            'data_folder', 'find_pictures', 'locate', 'Triplets', 'CIRR', 'fashioniq_text', 'gallery_names', 'FashionIQ',
-           'Batch', 'collate', 'Shuffled', 'open_dataset', 'Audit', 'audit']
+           'Batch', 'collate', 'open_dataset', 'Audit', 'audit']
 
-# %% ../nbs/02_data.ipynb #3b1b712d
+# %% ../nbs/02_data.ipynb #fadfe0f4
 import json
 import os
 import random
@@ -32,7 +32,6 @@ from fastcore.basics import patch
 from PIL import Image
 from PIL import ImageOps
 from torch.utils.data import Dataset
-from torch.utils.data import Sampler
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -516,7 +515,7 @@ def _known_split(cls, split):
     if split not in cls.splits: raise CalaError(f"no split {split!r}; {cls.name} has {', '.join(cls.splits)}")
     return split
 
-# %% ../nbs/02_data.ipynb #cd54d633
+# %% ../nbs/02_data.ipynb #163a175f
 class CIRR(Triplets):
     "CIRR: natural pictures, one sentence a triplet, groups of six near neighbours."
     name, splits = "CIRR", ("train", "val", "test1")
@@ -527,7 +526,7 @@ class CIRR(Triplets):
         transform: Any = None,        # PIL -> tensor
         keep: bool = False,           # keep pictures in memory once read
         allow_missing: bool = False,  # go on without pictures that are missing
-        seed: int = 0,                # of the order of `Shuffled`
+        seed: int = 0,                # unused: nothing is drawn here
     ):
         self.root, split = data_folder(root, self.name), _known_split(type(self), split)
         found = read_cirr(self.root, split).usable()
@@ -572,7 +571,7 @@ def _known_categories(categories):
     if asked and set(asked) <= set(CATEGORIES): return tuple(c for c in CATEGORIES if c in asked)
     raise CalaError(f"no categories {', '.join(map(str, asked)) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}")
 
-# %% ../nbs/02_data.ipynb #f8795024
+# %% ../nbs/02_data.ipynb #2b86e692
 class FashionIQ(Triplets):
     "FashionIQ: garments, two sentences a triplet, three categories with a gallery each."
     name, splits = "FashionIQ", ("train", "val", "test")
@@ -585,7 +584,7 @@ class FashionIQ(Triplets):
         protocol: str = "original",     # original: all names of the split file; val: references and targets
         keep: bool = False,             # keep pictures in memory once read
         allow_missing: bool = False,    # go on without pictures that are missing
-        seed: int = 0,                  # of the texts drawn in training and of the order of `Shuffled`
+        seed: int = 0,                  # of the texts drawn in training
     ):
         self.root, split = data_folder(root, self.name), _known_split(type(self), split)
         self.categories, self.protocol = _known_categories(categories), protocol
@@ -608,10 +607,10 @@ def galleries(self: FashionIQ) -> dict:
     "{category: positions in `.gallery` of the pictures that its queries rank, (g,) long}"
     return {c: self.gallery.positions([n for n in names if n in self.gallery._position]) for c, names in self._names.items()}
 
-# %% ../nbs/02_data.ipynb #0d163378
+# %% ../nbs/02_data.ipynb #7749a846
 @patch
 def set_epoch(self: Triplets, epoch: int):
-    "From now on draw the texts and the order of `epoch`; workers that are running see it too."
+    "From now on draw the texts of `epoch`; workers that are running see it too."
     self._epoch[0] = epoch
 
 @patch
@@ -634,16 +633,6 @@ def collate(
     "Items to a batch, for DataLoader(..., collate_fn=collate)."
     stacked = lambda key: None if items[0][key] is None else default_collate([item[key] for item in items])
     return Batch(stacked("reference"), [item["caption"] for item in items], stacked("target"), stacked("index"))
-
-# %% ../nbs/02_data.ipynb #ab142cc6
-class Shuffled(Sampler):
-    "All triplets in an order that depends on (seed, epoch) of the data set and on nothing else; for DataLoader(..., sampler=)."
-    def __init__(self, dataset: Triplets): self.dataset = dataset
-    def __len__(self): return len(self.dataset)
-    def __iter__(self):
-        order = list(range(len(self.dataset)))
-        random.Random(f"{self.dataset.seed} {self.dataset._epoch.item()} order").shuffle(order)
-        return iter(order)
 
 # %% ../nbs/02_data.ipynb #8e195d3b
 def open_dataset(

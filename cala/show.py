@@ -352,14 +352,14 @@ def _read_log(log):
     if not Path(log).is_file(): raise CalaError(f"no log {log}; give the log.csv or metrics.csv of a run's folder")
     return pd.read_csv(log)
 
-# %% ../nbs/14_show.ipynb #3752c4bf
+# %% ../nbs/14_show.ipynb #f81aed2b
 def _layout(runs):
     "{title: [(log, column, label)]} for {name: log}."
-    known = dict.fromkeys(c for log in runs.values() for c in log if log[c].notna().any())
-    panels, alone = _panels(list(known)), len(runs) == 1
+    known = {name: [c for c in log if log[c].notna().any()] for name, log in runs.items()}   # QTM alone logs its other terms as NaN
+    panels, alone = _panels(list(dict.fromkeys(sum(known.values(), [])))), len(runs) == 1
     if not alone: panels = {_label(c) + ", %" * ("recall" in c): [c] for found in panels.values() for c in found}
     line = lambda name, column: (runs[name], column, _label(column) if alone else name)
-    return {title: [line(name, c) for c in found for name in runs if c in runs[name]] for title, found in panels.items()}
+    return {title: [line(name, c) for c in found for name in runs if c in known[name]] for title, found in panels.items()}
 
 # %% ../nbs/14_show.ipynb #dada9c29
 @style()

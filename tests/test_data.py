@@ -12,9 +12,10 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from cala.commands import CalaError
-from cala.data import (CIRR, CLIP_MEAN, CLIP_STD, FashionIQ, Shuffled, audit, collate, image_transform, open_dataset, read_picture, square_pad,
+from cala.data import (CIRR, CLIP_MEAN, CLIP_STD, FashionIQ, audit, collate, image_transform, open_dataset, read_picture, square_pad,
                        target_pad)
 from cala.worlds import draw_cirr, draw_fashioniq
 
@@ -413,8 +414,10 @@ def test_a_link_out_of_the_root_is_not_followed(root, tmp_path):
 # Determinism --------------------------------------------------------------------------------------------------------
 
 def batches(data, workers, persistent):
-    loader = DataLoader(data, 8, sampler=Shuffled(data), collate_fn=collate, num_workers=workers, persistent_workers=persistent)
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=0)
+    loader = DataLoader(data, 8, sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=persistent)
     for epoch in range(3):
+        sampler.set_epoch(epoch)
         data.set_epoch(epoch)
         yield from loader
 

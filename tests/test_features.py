@@ -221,7 +221,7 @@ def test_workers_and_pickling_give_the_same_tokens(gallery, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_is_one_line_and_what_is_done_is_kept(gallery, tmp_path, workers):
     good = gallery.paths[30].read_bytes()
-    gallery.paths[30].write_bytes(b"")
+    gallery.paths[30].write_bytes(good[:100])
     with pytest.raises(CalaError, match="030.png cannot be decoded") as error:
         quietly(Trunk(), gallery, tmp_path / "cache", batch_size=10, num_workers=workers)
     assert "\n" not in str(error.value)
