@@ -324,26 +324,26 @@ def _against(log):
     "The column that counts up through all rows of `log`, or None."
     return next((c for c in ("step", "epoch") if c in log and log[c].notna().all() and log[c].is_monotonic_increasing), None)
 
-# %% ../nbs/14_show.ipynb #55a6f6e7
-def _curve(ax, log, column, label, smooth):
-    "One column of a log: losses faintly with their running mean on top, all else as it is."
+# %% ../nbs/14_show.ipynb #1d879b3d
+def _curve(ax, n, log, column, label, smooth):
+    "One column of a log, in the colour of line `n`: losses faintly with their running mean on top, all else as it is."
     known, few = log.dropna(subset=[column]), log[column].count() < 20
-    by, y = _against(known), known[column]
+    by, y, ink = _against(known), known[column], dict(color=PALETTE[n % 6], ls=DASHES[n % 6], label=label)
     x = known[by] if by else range(len(y))
-    if column not in LOSSES or few: ax.plot(x, y, label=label, marker="o" if few else None, ms=3)
+    if column not in LOSSES or few: ax.plot(x, y, marker="o" if few else None, ms=3, **ink)
     else:
-        line, = ax.plot(x, y.ewm(alpha=1 - smooth).mean(), label=label)
-        ax.plot(x, y, color=line.get_color(), alpha=0.25, lw=0.7, ls="-", zorder=0)
+        ax.plot(x, y.ewm(alpha=1 - smooth).mean(), **ink)
+        ax.plot(x, y, color=PALETTE[n % 6], alpha=0.25, lw=0.7, ls="-", zorder=0)
     ax.set_xlabel(by or "row")
 
-# %% ../nbs/14_show.ipynb #47fb9dfe
+# %% ../nbs/14_show.ipynb #eaa2345f
 def _panel(ax, title, lines, smooth):
-    "Fill one panel with (log, column, label) lines."
-    for log, column, label in lines: _curve(ax, log, column, label, smooth)
+    "Fill one panel with (n, log, column, label) lines."
+    for line in lines: _curve(ax, *line, smooth)
     ax.set(title=title, ylim=(0, 103 if "%" in title else None))
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if len(lines) > 1: ax.legend(fontsize=8)
+    if [label for *_, label in lines] != [title]: ax.legend(fontsize=8)
 
 # %% ../nbs/14_show.ipynb #733033b2
 def _read_log(log):
@@ -352,14 +352,15 @@ def _read_log(log):
     if not Path(log).is_file(): raise CalaError(f"no log {log}; give the log.csv or metrics.csv of a run's folder")
     return pd.read_csv(log)
 
-# %% ../nbs/14_show.ipynb #f81aed2b
+# %% ../nbs/14_show.ipynb #22406f1b
 def _layout(runs):
-    "{title: [(log, column, label)]} for {name: log}."
+    "{title: [(n, log, column, label)]} for {name: log}; n is the colour."
     known = {name: [c for c in log if log[c].notna().any()] for name, log in runs.items()}   # QTM alone logs its other terms as NaN
     panels, alone = _panels(list(dict.fromkeys(sum(known.values(), [])))), len(runs) == 1
     if not alone: panels = {_label(c) + ", %" * ("recall" in c): [c] for found in panels.values() for c in found}
-    line = lambda name, column: (runs[name], column, _label(column) if alone else name)
-    return {title: [line(name, c) for c in found for name in runs if c in known[name]] for title, found in panels.items()}
+    line = lambda n, name, m, c: (m if alone else n, runs[name], c, _label(c) if alone else name)
+    return {title: [line(n, name, m, c) for m, c in enumerate(found) for n, name in enumerate(runs) if c in known[name]]
+            for title, found in panels.items()}
 
 # %% ../nbs/14_show.ipynb #dada9c29
 @style()
@@ -377,7 +378,12 @@ def loss_curves(
     for n, (title, lines) in enumerate(panels.items()): _panel(page.add_subplot(high, wide, n + 1), title, lines, smooth)
     return page.saved(save)
 
-# %% ../nbs/14_show.ipynb #7e6946da
+# %% ../nbs/14_show.ipynb #04143e7f
+def _kind(said):
+    "An edit's kind; of several at once only how many."
+    return f"{said.count('+') + 1} changes" if "+" in said else said
+
+# %% ../nbs/14_show.ipynb #5a946cf1
 def edit_kinds(
     dataset,  # CIRR or FashionIQ, of a drawn world
 ) -> list:    # of str, a kind for each triplet
@@ -385,7 +391,7 @@ def edit_kinds(
     path = dataset.root / "drawn" / f"edits.{dataset.split}.json"
     if not path.is_file(): raise CalaError(f"no {path}: kinds of edits are known of drawn worlds only (cala-demo draws one)")
     kinds = read_json(path, dict)
-    return [kinds[triplet.pair_id] for triplet in dataset.triplets]
+    return [_kind(kinds[triplet.pair_id]) for triplet in dataset.triplets]
 
 # %% ../nbs/14_show.ipynb #c99a0cea
 def wilson(
