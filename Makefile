@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 THREADS ?= 1
 export OMP_NUM_THREADS = $(THREADS)
 
-.PHONY: help install demo test sync notebooks pytest prepare lab clean
+.PHONY: help install demo test test-without-lavis sync notebooks pytest prepare lab clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,12 +28,18 @@ sync: install    ## notebooks, package and README say the same
 	$(BIN)/python .ci/sync.py
 
 notebooks: install   ## every notebook from a fresh kernel; a run that matched nothing fails
-	$(BIN)/nbdev_test --n_workers 2 --timing > .venv/nbdev_test.log 2>&1 || { cat .venv/nbdev_test.log; exit 1; }
-	@cat .venv/nbdev_test.log
-	@grep -q "Success." .venv/nbdev_test.log || { echo "nbdev_test matched no notebook"; exit 1; }
+	$(BIN)/nbdev_test --n_workers 2 --timing > $(VENV)/nbdev_test.log 2>&1 || { cat $(VENV)/nbdev_test.log; exit 1; }
+	@cat $(VENV)/nbdev_test.log
+	@grep -q "Success." $(VENV)/nbdev_test.log || { echo "nbdev_test matched no notebook"; exit 1; }
 
 pytest: install  ## what notebooks should not hold: commands, parity, crashes, ranks
 	$(BIN)/python -m pytest
+
+# The newest Python found. LAVIS stops at 3.11, so this is the project without it, on the newest of everything else.
+NEWEST := $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 1 2>/dev/null && command -v python$(v) || ls $(HOME)/.pyenv/versions/$(v).*/bin/python 2>/dev/null | tail -n 1)))
+test-without-lavis:  ## notebooks and pytest on the newest Python, in an environment of its own
+	@test -n "$(NEWEST)" || { echo "no Python 3.12 or newer found"; exit 1; }
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest notebooks pytest
 
 prepare: install ## after editing a notebook: clean, export, render README
 	$(BIN)/python .ci/sync.py --write

@@ -1,6 +1,8 @@
 """Notebooks, package and README must say the same: `python .ci/sync.py` checks it, `--write` makes it so.
 
 nbdev's own nbdev_readme wants Quarto; README.md is the code-free rendering of nbs/index.ipynb by nbconvert instead."""
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def render_readme():
     notebook.cells = [cell for cell in notebook.cells if not hidden(cell)]
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     if resources.get("outputs"): raise SystemExit("index.ipynb holds a picture output: link a file of nbs/images instead")
-    links = text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/')
+    links = re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png|svg))\)", r"](nbs/\1)", text)  # relative to nbs/ there, to the root here
     return "<!-- Rendered from nbs/index.ipynb by `make prepare`; edit the notebook. -->\n\n" + links.strip() + "\n"
 
 
@@ -30,11 +32,13 @@ def write():
     nbdev_clean()
     nbdev_export()
     (ROOT / "README.md").write_text(render_readme(), encoding="utf-8")
+    shutil.copyfile(ROOT / "nbs/tutorials/demo_report.ipynb", ROOT / "cala/demo_report.ipynb")  # what cala-demo executes
 
 
 def snapshot():
     "Every file that `write` may touch, by content."
-    files = [ROOT / "README.md", *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "cala").rglob("*.py")]
+    files = [ROOT / "README.md", *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "cala").rglob("*.py"),
+             *(ROOT / "cala").glob("*.ipynb")]
     skip = lambda path: {".ipynb_checkpoints", "__pycache__"} & set(path.parts)
     return {path.relative_to(ROOT): path.read_bytes() for path in files if path.exists() and not skip(path)}
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MODES', 'backbones', 'ROOMS', 'SPECIAL', 'UNUSED', 'ROLES', 'Embedding', 'Backbone', 'register', 'find_backbone',
            'make_backbone', 'WordTokenizer', 'read_vocabulary', 'QFormerBackbone', 'TinyTrunk', 'picture_share',
-           'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'pretrain', 'save_backbone',
-           'load_backbone']
+           'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'shuffled_blocks', 'pretrain',
+           'save_backbone', 'load_backbone']
 
-# %% ../nbs/04_encoders.ipynb #0aff1ebf
+# %% ../nbs/04_encoders.ipynb #6aca4484
 import importlib
 import json
+import math
 import os
 from contextlib import contextmanager
 from copy import deepcopy
@@ -344,19 +345,28 @@ class CaptionedPictures(torch.utils.data.Dataset):
     def __len__(self): return len(self.gallery)
     def __getitem__(self, i): return self.gallery[i], self.captions[i][(i + self.epoch) % len(self.captions[i])]
 
-# %% ../nbs/04_encoders.ipynb #f9627420
+# %% ../nbs/04_encoders.ipynb #cf448ada
+def shuffled_blocks(
+    count: int,  # pictures
+    block: int,  # neighbours that stay together
+    seed: int,
+) -> list:       # positions, every one once
+    "Positions in random order, `block` neighbours at a time."
+    starts = torch.randperm(-(-count // block), generator=torch.Generator().manual_seed(seed)) * block
+    return [i for start in starts.tolist() for i in range(start, min(start + block, count))]
+
+# %% ../nbs/04_encoders.ipynb #5da68b2a
 def _waken(backbone):
     "Trunk and the one Q-Former: all that stage 1 trains."
     backbone.train()
     return [p.requires_grad_(True) for part in (backbone.trunk, backbone.visual) for p in part.parameters()]
 
-def _endless(pictures, batch_size, num_workers, seed):
+def _endless(pictures, batch_size, neighbours, num_workers, seed):
     "Shuffled full batches for ever; each epoch takes the next caption of every picture."
     if len(pictures) < batch_size: raise CalaError(f"{len(pictures)} captioned pictures do not fill a batch of {batch_size}; draw more or lower the batch size")
-    order = torch.Generator().manual_seed(seed)
-    loader = torch.utils.data.DataLoader(pictures, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, generator=order)
     while True:
-        yield from loader
+        order = shuffled_blocks(len(pictures), neighbours, seed + 7919 * pictures.epoch)
+        yield from torch.utils.data.DataLoader(pictures, batch_size, sampler=order, drop_last=True, num_workers=num_workers)
         pictures.epoch += 1
 
 def _stage1_step(accelerator, backbone, optimizer, images, captions):
@@ -367,13 +377,19 @@ def _stage1_step(accelerator, backbone, optimizer, images, captions):
     optimizer.step(); optimizer.zero_grad()
     return loss.item()
 
-# %% ../nbs/04_encoders.ipynb #a686af83
+# %% ../nbs/04_encoders.ipynb #d7f46c4c
+def _rise_and_fall(share):
+    "Factor on the learning rate when `share` of the steps is done."
+    return share / 0.1 if share < 0.1 else (1 + math.cos(math.pi * (share - 0.1) / 0.9)) / 2
+
+# %% ../nbs/04_encoders.ipynb #2615114e
 def pretrain(
     backbone: QFormerBackbone,    # trained in place
     pictures: CaptionedPictures,  # what to look at and read
     steps: int = 300,             # optimizer steps
     batch_size: int = 128,        # pairs a step
-    learning_rate: float = 1e-3,  # peak of a one-cycle schedule
+    learning_rate: float = 1e-3,  # its highest, after a tenth of the steps
+    neighbours: int = 1,          # pictures in a row that stay in one batch: 6 for the groups of the CIRR world
     num_workers: int = 0,         # processes that decode pictures
     seed: int = 0,                # of order and dropout
     progress: bool = True,        # show a bar
@@ -381,11 +397,11 @@ def pretrain(
     "Stage 1: teach trunk and Q-Former that pictures and their captions belong together."
     accelerator, losses = Accelerator(), []
     torch.manual_seed(seed)
-    batches = _endless(pictures, batch_size, num_workers, seed)
+    batches = _endless(pictures, batch_size, neighbours, num_workers, seed)
     with _one_role(backbone), tqdm(total=steps, desc="stage 1", disable=not progress) as bar:
         optimizer = torch.optim.AdamW(_waken(backbone), lr=learning_rate, weight_decay=0.05)
         model, optimizer = accelerator.prepare(backbone, optimizer)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rise_and_fall(done / steps))
         for _, (images, captions) in zip(range(steps), batches):
             losses.append(_stage1_step(accelerator, backbone, optimizer, images, captions))
             schedule.step(); bar.update(); bar.set_postfix(loss=f"{losses[-1]:.2f}")

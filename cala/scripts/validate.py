@@ -108,7 +108,7 @@ def load_role(
     except RuntimeError as error:
         raise CalaError(f"{path} is no Q-Former of this backbone's size ({str(error).splitlines()[1].strip()}); check {_dash(BLIP2_ROLES[role])}") from error
 
-# %% ../../nbs/21_validate.ipynb #27d8632b
+# %% ../../nbs/21_validate.ipynb #38d526be
 def load_frame(
     flags: ModelFlags,  # as typed
     own: str = None,    # the frame that the model has already
@@ -119,6 +119,9 @@ def load_frame(
     if name not in frames: raise CalaError(f"--combining-function {name}: choose one of {', '.join(frames)}")
     if name == "sum" or (name == own and not flags.combiner_path): return None if name == own else make_frame(name, dim)
     if not flags.combiner_path: raise CalaError(f"--combining-function {name} needs trained weights; give --combiner-path, or a --checkpoint that was trained with it")
+    kind = lambda path: read_recipe(_weights_file(path).parent)["backbone"]["name"] if path and _is_checkpoint(path) else ""
+    if kind(flags.combiner_path).endswith(":PictureAlone") and kind(flags.checkpoint) != kind(flags.combiner_path):
+        raise CalaError(f"{flags.combiner_path} was trained on pictures read without their text; give it as --checkpoint")
     frame = load_checkpoint(_weights_file(flags.combiner_path).parent).frame if _is_checkpoint(flags.combiner_path) else load_released(flags.combiner_path)
     if type(frame).__name__.lower() != name: raise CalaError(f"{flags.combiner_path} holds a {type(frame).__name__}, and --combining-function is {name}")
     width = next(p for n, p in frame.named_parameters() if n.endswith("weight")).shape[1]
