@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.clean import nbdev_clean
-from nbdev.export import nbdev_export
+from nbdev.doclinks import nbdev_export
 
 ROOT = Path(__file__).resolve().parent.parent
 
