@@ -355,7 +355,7 @@ def shuffled_blocks(
     starts = torch.randperm(-(-count // block), generator=torch.Generator().manual_seed(seed)) * block
     return [i for start in starts.tolist() for i in range(start, min(start + block, count))]
 
-# %% ../nbs/04_encoders.ipynb #5da68b2a
+# %% ../nbs/04_encoders.ipynb #fabc9958
 def _waken(backbone):
     "Trunk and the one Q-Former: all that stage 1 trains."
     backbone.train()
@@ -374,6 +374,7 @@ def _stage1_step(accelerator, backbone, optimizer, images, captions):
     tokens = backbone.trunk(images.to(accelerator.device))
     loss = image_text_contrast(backbone.image(tokens).feature, backbone.text(list(captions)).feature)
     accelerator.backward(loss)
+    accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.)
     optimizer.step(); optimizer.zero_grad()
     return loss.item()
 
@@ -382,14 +383,14 @@ def _rise_and_fall(share):
     "Factor on the learning rate when `share` of the steps is done."
     return share / 0.1 if share < 0.1 else (1 + math.cos(math.pi * (share - 0.1) / 0.9)) / 2
 
-# %% ../nbs/04_encoders.ipynb #2615114e
+# %% ../nbs/04_encoders.ipynb #cb8f8d09
 def pretrain(
     backbone: QFormerBackbone,    # trained in place
     pictures: CaptionedPictures,  # what to look at and read
     steps: int = 300,             # optimizer steps
     batch_size: int = 128,        # pairs a step
     learning_rate: float = 1e-3,  # its highest, after a tenth of the steps
-    neighbours: int = 1,          # pictures in a row that stay in one batch: 6 for the groups of the CIRR world
+    neighbours: int = 1,          # pictures in a row that stay in one batch: 3, half a group, for the CIRR world
     num_workers: int = 0,         # processes that decode pictures
     seed: int = 0,                # of order and dropout
     progress: bool = True,        # show a bar

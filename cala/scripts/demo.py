@@ -49,18 +49,18 @@ from ..retrieval import top_k
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/25_demo.ipynb #40589980
+# %% ../../nbs/25_demo.ipynb #405afea5
 @dataclass
 class Demo:
     "From nothing to a trained CaLa."
     world: str = "cirr"          # cirr or fashioniq
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
-    size: int = 2000             # groups of six scenes to train on; garments a category for fashioniq
-    stage1_steps: int = 300      # of image-text contrast
+    size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
+    stage1_steps: int = 280      # of image-text contrast
     epochs: int = 3              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
-    learning_rate: float = 2e-3  # learning rate of stage 2
+    learning_rate: float = 2.5e-3 # learning rate of stage 2
     objective: str = "released"  # of the CaLa row: released or paper
     seed: int = 0                # of world, weights and order
     threads: int = 1             # torch threads of each process
@@ -116,7 +116,7 @@ def _train_split(demo, root, transform=None):
     scenes = json.loads(next(Path(root).rglob("drawn/scenes.train.json")).read_text())
     return data, {name: [min(scene["captions"], key=len)] for name, scene in scenes.items()}  # the shortest: fewer words to read a step
 
-# %% ../../nbs/25_demo.ipynb #9be5fa2a
+# %% ../../nbs/25_demo.ipynb #29779b13
 def first_stage(
     demo: Demo,
     root: Path,  # of the drawn world
@@ -130,7 +130,7 @@ def first_stage(
     backbone = make_backbone("tiny", vocabulary=read_vocabulary(sum(captions.values(), texts)), seed=demo.seed)
     data.gallery.transform = backbone.transform()
     losses = pretrain(backbone, CaptionedPictures(data.gallery, captions), demo.stage1_steps, demo.batch_size, demo.stage1_rate,
-                      neighbours=6 if demo.world == "cirr" else 1, seed=demo.seed)
+                      neighbours=3 if demo.world == "cirr" else 1, seed=demo.seed)
     pd.DataFrame(dict(step=range(1, len(losses) + 1), loss=losses)).to_csv(path.with_name("stage1.csv"), index=False)
     save_backbone(backbone, path)
     note_made(path, settings)
