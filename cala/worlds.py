@@ -39,14 +39,14 @@ class Thing(NamedTuple):
     colour: str
     size: str
 
-# %% ../nbs/01_worlds.ipynb #67063cc0
+# %% ../nbs/01_worlds.ipynb #245c5cda
 def as_scene(
     things,  # any number of things, in any order
 ):           # a tuple in the order of cells, or None
-    "Two to four things as a scene; None if two share a cell or look alike."
+    "Two or three things as a scene; None if two share a cell or look alike."
     things = tuple(sorted(things))
     cells, looks = {t.cell for t in things}, {t[1:] for t in things}
-    return things if 2 <= len(things) <= 4 and len(cells) == len(looks) == len(things) else None
+    return things if 2 <= len(things) <= 3 and len(cells) == len(looks) == len(things) else None
 
 # %% ../nbs/01_worlds.ipynb #aeeb8d0b
 def random_thing(
@@ -56,13 +56,13 @@ def random_thing(
     "Some thing for `cell`."
     return Thing(cell, rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(SIZES))
 
-# %% ../nbs/01_worlds.ipynb #47666b13
+# %% ../nbs/01_worlds.ipynb #e2f12e4c
 def random_scene(
     rng,  # a random.Random
 ):        # a scene, see `as_scene`
-    "Two to four things anywhere on the grid."
+    "Two or three things anywhere on the grid."
     while True:
-        scene = as_scene(random_thing(rng, cell) for cell in rng.sample(range(9), rng.randint(2, 4)))
+        scene = as_scene(random_thing(rng, cell) for cell in rng.sample(range(9), rng.randint(2, 3)))
         if scene: return scene
 
 # %% ../nbs/01_worlds.ipynb #2fbffcfd
@@ -146,11 +146,11 @@ def edited(
     field = "cell" if kind == "move" else kind
     return as_scene([*rest, old._replace(**{field: rng.choice([v for v in values[kind] if v != getattr(old, field)])})])
 
-# %% ../nbs/01_worlds.ipynb #d4afa0e5
+# %% ../nbs/01_worlds.ipynb #f42d5b5b
 def _grown(members, rng):
     "A scene one edit away from some member, and which member; the scene may be None."
     parent, kind = rng.randrange(len(members)), rng.choice(EDIT_KINDS)
-    if kind in ("add", "remove"): kind = {2: "add", 4: "remove"}.get(len(members[parent]), kind)
+    if kind in ("add", "remove"): kind = {2: "add", 3: "remove"}.get(len(members[parent]), kind)
     return edited(members[parent], kind, rng), parent
 
 # %% ../nbs/01_worlds.ipynb #d6dc4825
@@ -326,7 +326,7 @@ def _write_cirr(folder, split, rows, files, scenes, kinds, rng):
     _write(folder / "cirr" / "captions" / f"cap.rc2.{split}.json", rows)
     _write(folder / "cirr" / "image_splits" / f"split.rc2.{split}.json", files)
 
-# %% ../nbs/01_worlds.ipynb #fa0eea5f
+# %% ../nbs/01_worlds.ipynb #6dff429a
 def draw_cirr(
     root,               # folder that will hold cirr_dataset
     train: int = 2000,  # groups of six pictures to train on
@@ -339,7 +339,7 @@ def draw_cirr(
     "Draw the CIRR world in the published layout; at once if it is there, `CalaError` if something else is."
     counts = {name: _counted(name, value, 0, 100_000) for name, value in dict(val=val, test1=test1, train=train).items()}
     _counted("train + val + test1", sum(counts.values()), 1, 100_000)
-    record = dict(world="cirr", version=1, **counts, pairs=_counted("pairs", pairs, 1, 10), size=_counted("size", size, 24, 512),
+    record = dict(world="cirr", version=2, **counts, pairs=_counted("pairs", pairs, 1, 10), size=_counted("size", size, 24, 512),
                   seed=_counted("seed", seed, -2**63, 2**63))
     folder, seen, first_id = Path(root) / "cirr_dataset", set(), 0
     if _claim(folder, record): return folder

@@ -49,18 +49,18 @@ from ..retrieval import top_k
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/25_demo.ipynb #405afea5
+# %% ../../nbs/25_demo.ipynb #2a1a7b37
 @dataclass
 class Demo:
     "From nothing to a trained CaLa."
     world: str = "cirr"          # cirr or fashioniq
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
     size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
-    stage1_steps: int = 280      # of image-text contrast
+    stage1_steps: int = 300      # of image-text contrast
     epochs: int = 3              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
-    learning_rate: float = 2.5e-3 # learning rate of stage 2
+    learning_rate: float = 3e-3  # learning rate of stage 2
     objective: str = "released"  # of the CaLa row: released or paper
     seed: int = 0                # of world, weights and order
     threads: int = 1             # torch threads of each process
@@ -232,7 +232,7 @@ def write_report(
     write_atomically(Path(folder) / "report.html", html.encode())
     return Path(folder) / "report.html"
 
-# %% ../../nbs/25_demo.ipynb #b0927432
+# %% ../../nbs/25_demo.ipynb #15c2b495
 @command
 def main(
     demo: Demo, # every field is a flag
@@ -242,6 +242,7 @@ def main(
     torch.set_num_threads(demo.threads)
     folder = demo_folder(demo)
     root = draw(demo); said(f"a world of pictures in {root}")
+    torch.set_num_threads(min(2 * demo.threads, os.cpu_count() or 1))  # stage 1 runs alone, stage 2 as two processes
     weights = first_stage(demo, root); said(f"stage 1 in {weights}")
     second_stage(demo, commands(demo, root, weights)); said("stage 2")
     results = judge(demo, root)
