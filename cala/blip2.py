@@ -52,12 +52,12 @@ def clip_tower(
 # %% ../nbs/05_blip2.ipynb #9e1a4812
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
-# %% ../nbs/05_blip2.ipynb #ca7eae61
+# %% ../nbs/05_blip2.ipynb #e6571d56
 class FrozenTrunk(nn.Module):
     "A vision module that never trains: (B, 3, size, size) -> tokens (B, N, w), in half precision where that pays."
     def __init__(self, module, precision="auto"):
         super().__init__()
-        if precision not in ("auto", *PRECISIONS): raise CalaError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        if precision not in ("auto", *PRECISIONS): raise CalaError(f"--trunk-precision {precision}: choose auto, {', '.join(PRECISIONS)}")
         self.module, self.precision = module.eval().requires_grad_(False), precision
 
     def train(self, mode=True): return super().train(False)
@@ -203,7 +203,7 @@ def _from_lavis(load_model, model_name):
     model.visual_encoder.__dict__.pop("train", None)
     return model.visual_encoder, model.state_dict(), dict(model.tokenizer.vocab)
 
-# %% ../nbs/05_blip2.ipynb #deb1a94e
+# %% ../nbs/05_blip2.ipynb #8c8966ce
 def read_torch(
     path: str,  # a file written by torch.save
 ):              # what it holds: tensors in dicts and lists, nothing else
@@ -215,7 +215,7 @@ def read_torch(
     except pickle.UnpicklingError as error:
         raise CalaError(f"{path} is refused: it is not a plain file of weights, and reading it any other way could execute code; "
                         "take the published file, or ask its author for a state dict") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:
         raise CalaError(f"{path} cannot be read as a torch file ({type(error).__name__}); it may be cut short: fetch it again") from error
 
 # %% ../nbs/05_blip2.ipynb #12ace83b

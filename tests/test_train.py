@@ -130,7 +130,7 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert "no such folder" in says("--resume", tmp_path / "nowhere")
     assert "is not empty" in says(output=world)
     (tmp_path / "out").mkdir()
-    assert "is no checkpoint" in says("--resume", tmp_path / "out")
+    assert "holds no complete epoch" in says("--resume", tmp_path / "out")
     assert "--batch-size 16 there, 8 here" in says("--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
     assert "--cir-frame sum there, combiner here" in says("--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
     with pytest.raises(SystemExit) as ended: run(world, tmp_path / "out", "--bath-size", 3)

@@ -49,7 +49,7 @@ from ..retrieval import top_k
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/25_demo.ipynb #2a1a7b37
+# %% ../../nbs/25_demo.ipynb #0d228ab7
 @dataclass
 class Demo:
     "From nothing to a trained CaLa."
@@ -57,7 +57,7 @@ class Demo:
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
     size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
     stage1_steps: int = 300      # of image-text contrast
-    epochs: int = 3              # of stage 2
+    epochs: int = 4              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
     learning_rate: float = 3e-3  # learning rate of stage 2
@@ -136,7 +136,7 @@ def first_stage(
     note_made(path, settings)
     return path
 
-# %% ../../nbs/25_demo.ipynb #925670c8
+# %% ../../nbs/25_demo.ipynb #d2953c22
 def commands(
     demo: Demo,
     root: Path,     # of the drawn world
@@ -146,7 +146,7 @@ def commands(
     folder, rate = demo_folder(demo), demo.learning_rate
     same = ["--dataset", NAMES[demo.world], "--data-root", root, "--encoder-arch", "tiny", "--backbone-weights", weights,
             "--num-epochs", demo.epochs, "--max-epoch", demo.epochs, "--batch-size", demo.batch_size, "--learning-rate", rate,
-            "--neighbours", 2, "--warmup", 0.2, "--validation-frequency", demo.epochs, "--seed", demo.seed, "--cache", "tokens", "--cache-dir", folder / "tokens",
+            "--warmup", 0.2, "--validation-frequency", demo.epochs, "--seed", demo.seed, "--cache", "tokens", "--cache-dir", folder / "tokens",
             "--objective", demo.objective]
     alone = ["--tac-weight", 0, "--hca-weight", 0, "--alpha", 0, "--beta", 0]
     runs = {"qtm": [*same, *alone], "cala": same}
