@@ -8,7 +8,7 @@ __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'CATEGORIES', 'read_picture', 
            'data_folder', 'find_pictures', 'locate', 'Triplets', 'CIRR', 'fashioniq_text', 'gallery_names', 'FashionIQ',
            'Batch', 'collate', 'open_dataset', 'Audit', 'audit']
 
-# %% ../nbs/02_data.ipynb #fadfe0f4
+# %% ../nbs/02_data.ipynb #4e94dc2c
 import json
 import os
 import random
@@ -30,6 +30,7 @@ import torch
 import torchvision.transforms.functional as TF
 from fastcore.basics import patch
 from PIL import Image
+from PIL import ImageFile
 from PIL import ImageOps
 from torch.utils.data import Dataset
 from torch.utils.data import default_collate
@@ -51,11 +52,12 @@ def _over_white(image):
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
-# %% ../nbs/02_data.ipynb #d63ae7e6
+# %% ../nbs/02_data.ipynb #3a58539e
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
 
 def _decode(path):
     "The picture at `path` as upright 8-bit RGB, or whatever PIL raised."
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing LAVIS sets it, for the whole process
     with Image.open(path) as opened:
         if opened.width * opened.height > MAX_PIXELS: raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
         image = ImageOps.exif_transpose(opened)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
-from PIL import Image
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -229,6 +229,13 @@ def test_a_hostile_picture_is_one_line_with_its_name(tmp_path, name):
     HOSTILE[name](tmp_path / name)
     with pytest.raises(CalaError, match=name) as error: read_picture(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["torn.png", "torn.jpg"])
+def test_a_torn_picture_is_refused_whatever_another_library_told_pil(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as importing LAVIS leaves it
+    HOSTILE[name](tmp_path / name)
+    with pytest.raises(CalaError, match=name): read_picture(tmp_path / name)
 
 
 def test_every_hostile_picture_is_in_the_deep_audit(root):
