@@ -185,20 +185,20 @@ def refer(
     noun = [] if "shape" in use else [rng.choice(("one", "shape"))]
     return " ".join(["the", *(getattr(thing, a) for a in use), *noun])
 
-# %% ../nbs/01_worlds.ipynb #4e2a2efb
+# %% ../nbs/01_worlds.ipynb #4a35a74d
 _SENTENCES = dict(
     colour=("make {it} {colour}", "paint {it} {colour}", "change the colour of {it} to {colour}", "{it} is {colour} now",
             "{it} turns {colour}", "show {it} in {colour}"),
     shape=("turn {it} into a {shape}", "{it} becomes a {shape}", "change the shape of {it} to a {shape}", "make {it} a {shape}",
-           "put a {shape} of the same colour and size in place of {it}"),
+           "put a {shape} in place of {it}"),
     size=("make {it} {more}", "{it} is {more} now", "change the size of {it} to {size}", "{it} should be {size}", "show {it} {more}"))
 
-# %% ../nbs/01_worlds.ipynb #e4b16866
+# %% ../nbs/01_worlds.ipynb #dac4412e
 _SENTENCES |= dict(
     move=("move {it} to the {place}", "{it} is in the {place} now", "{it} goes to the {place}", "shift {it} to the {place}",
           "put {it} in the {place}"),
-    add=("add {new} in the {place}", "put {new} in the {place}", "there is also {new} in the {place}",
-         "{new} appears in the {place}", "show {new} in the {place} as well"),
+    add=("add {new} in the {place}", "put {new} in the {place}", "also show {new} in the {place}",
+         "{new} appears in the {place}", "now with {new} in the {place}"),
     remove=("remove {it}", "take away {it}", "{it} is gone", "get rid of {it}", "the same without {it}"))
 
 # %% ../nbs/01_worlds.ipynb #1f07b53e
@@ -214,19 +214,20 @@ def say_edit(
     words["it"] = refer(edit.before, scene, rng) if edit.before else ""
     return rng.choice(_SENTENCES[edit.kind]).format(**words)
 
-# %% ../nbs/01_worlds.ipynb #d92aa7a9
-_CAPTIONS = (("{0} in {1}", ""), ("{0} in {1}", "there is "), ("in {1} {0}", ""), ("{0} at {1}", "a picture of "), ("{1} holds {0}", ""))
+# %% ../nbs/01_worlds.ipynb #66f0f9fb
+_CAPTIONS = (("a {0} in the {1}", ""), ("a {0} in the {1}", "there is "), ("in the {1} a {0}", ""), ("a {0} at the {1}", "a picture of "),
+             ("the {1} holds a {0}", ""))
 
 def scene_captions(
     scene,           # what to describe
     rng,             # a random.Random
-    count: int = 3,  # how many sentences, at most 5
-):                   # list of sentences
+    count: int = 3,  # how many sentences, at most 6
+):                   # list of sentences, the first without a word too many
     "Sentences each of which names every thing of `scene` with colour, size, shape and place."
     def sentence(words, start):
-        things = [words.format(f"a {t.size} {t.colour} {t.shape}", f"the {PLACES[t.cell]}") for t in rng.sample(scene, len(scene))]
+        things = [words.format(f"{t.size} {t.colour} {t.shape}", PLACES[t.cell]) for t in rng.sample(scene, len(scene))]
         return start + ", ".join(things[:-1]) + " and " + things[-1]
-    return [sentence(*way) for way in rng.sample(_CAPTIONS, count)]
+    return [sentence(*way) for way in [("{0} {1}", ""), *rng.sample(_CAPTIONS, count - 1)]]
 
 # %% ../nbs/01_worlds.ipynb #0eb5f42c
 def _write(path, content, indent=None):
@@ -326,7 +327,7 @@ def _write_cirr(folder, split, rows, files, scenes, kinds, rng):
     _write(folder / "cirr" / "captions" / f"cap.rc2.{split}.json", rows)
     _write(folder / "cirr" / "image_splits" / f"split.rc2.{split}.json", files)
 
-# %% ../nbs/01_worlds.ipynb #6dff429a
+# %% ../nbs/01_worlds.ipynb #45bb1620
 def draw_cirr(
     root,               # folder that will hold cirr_dataset
     train: int = 2000,  # groups of six pictures to train on
@@ -339,7 +340,7 @@ def draw_cirr(
     "Draw the CIRR world in the published layout; at once if it is there, `CalaError` if something else is."
     counts = {name: _counted(name, value, 0, 100_000) for name, value in dict(val=val, test1=test1, train=train).items()}
     _counted("train + val + test1", sum(counts.values()), 1, 100_000)
-    record = dict(world="cirr", version=2, **counts, pairs=_counted("pairs", pairs, 1, 10), size=_counted("size", size, 24, 512),
+    record = dict(world="cirr", version=3, **counts, pairs=_counted("pairs", pairs, 1, 10), size=_counted("size", size, 24, 512),
                   seed=_counted("seed", seed, -2**63, 2**63))
     folder, seen, first_id = Path(root) / "cirr_dataset", set(), 0
     if _claim(folder, record): return folder

@@ -49,14 +49,14 @@ from ..retrieval import top_k
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/25_demo.ipynb #0d228ab7
+# %% ../../nbs/25_demo.ipynb #b7629010
 @dataclass
 class Demo:
     "From nothing to a trained CaLa."
     world: str = "cirr"          # cirr or fashioniq
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
-    size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
-    stage1_steps: int = 300      # of image-text contrast
+    size: int = 1600             # groups of six scenes to train on; garments a category for fashioniq
+    stage1_steps: int = 350      # of image-text contrast
     epochs: int = 4              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
