@@ -49,15 +49,16 @@ from ..retrieval import top_k
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/25_demo.ipynb #b7629010
+# %% ../../nbs/25_demo.ipynb #800947f7
 @dataclass
 class Demo:
     "From nothing to a trained CaLa."
     world: str = "cirr"          # cirr or fashioniq
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
-    size: int = 1600             # groups of six scenes to train on; garments a category for fashioniq
-    stage1_steps: int = 350      # of image-text contrast
-    epochs: int = 4              # of stage 2
+    size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
+    width: int = 96              # d of the tiny backbone
+    stage1_steps: int = 400      # of image-text contrast
+    epochs: int = 5              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
     learning_rate: float = 3e-3  # learning rate of stage 2
@@ -116,18 +117,18 @@ def _train_split(demo, root, transform=None):
     scenes = json.loads(next(Path(root).rglob("drawn/scenes.train.json")).read_text())
     return data, {name: [min(scene["captions"], key=len)] for name, scene in scenes.items()}  # the shortest: fewer words to read a step
 
-# %% ../../nbs/25_demo.ipynb #29779b13
+# %% ../../nbs/25_demo.ipynb #72ea170a
 def first_stage(
     demo: Demo,
     root: Path,  # of the drawn world
 ) -> Path:       # backbone.safetensors
     "Image-text contrast on the captioned scenes, or the file it wrote before."
     path = demo_folder(demo) / "backbone.safetensors"
-    settings = {key: getattr(demo, key) for key in ("world", "size", "stage1_steps", "batch_size", "stage1_rate", "seed")}
+    settings = {key: getattr(demo, key) for key in ("world", "size", "width", "stage1_steps", "batch_size", "stage1_rate", "seed")}
     if made_with(path, settings): return path
     data, captions = _train_split(demo, root)
     texts = [text for triplet in data.triplets for text in triplet.captions]
-    backbone = make_backbone("tiny", vocabulary=read_vocabulary(sum(captions.values(), texts)), seed=demo.seed)
+    backbone = make_backbone("tiny", vocabulary=read_vocabulary(sum(captions.values(), texts)), width=demo.width, seed=demo.seed)
     data.gallery.transform = backbone.transform()
     losses = pretrain(backbone, CaptionedPictures(data.gallery, captions), demo.stage1_steps, demo.batch_size, demo.stage1_rate,
                       neighbours=3 if demo.world == "cirr" else 1, seed=demo.seed)
