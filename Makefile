@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # One torch thread a process: on a small shared machine two often lose to one. Set it to suit yours.
 THREADS ?= 1
 export OMP_NUM_THREADS = $(THREADS)
+# Test processes side by side, for notebooks and for pytest.
+JOBS    ?= 2
 
 .PHONY: help install demo test test-without-lavis sync notebooks pytest prepare lab clean
 
@@ -28,12 +30,12 @@ sync: install    ## notebooks, package and README say the same
 	$(BIN)/python .ci/sync.py
 
 notebooks: install   ## every notebook from a fresh kernel; a run that matched nothing fails
-	$(BIN)/nbdev_test --n_workers 2 --timing > $(VENV)/nbdev_test.log 2>&1 || { cat $(VENV)/nbdev_test.log; exit 1; }
+	$(BIN)/nbdev_test --n_workers $(JOBS) --timing > $(VENV)/nbdev_test.log 2>&1 || { cat $(VENV)/nbdev_test.log; exit 1; }
 	@cat $(VENV)/nbdev_test.log
 	@grep -q "Success." $(VENV)/nbdev_test.log || { echo "nbdev_test matched no notebook"; exit 1; }
 
 pytest: install  ## what notebooks should not hold: commands, parity, crashes, ranks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # The newest Python found. LAVIS stops at 3.11, so this is the project without it, on the newest of everything else.
 NEWEST := $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 1 2>/dev/null && command -v python$(v) || ls $(HOME)/.pyenv/versions/$(v).*/bin/python 2>/dev/null | tail -n 1)))
