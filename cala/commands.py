@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CalaError', 'parse_flags', 'last_line', 'run_command', 'command']
 
-# %% ../nbs/00a_commands.ipynb #5bff1b36
+# %% ../nbs/00a_commands.ipynb #70628f8f
 import sys
 from argparse import SUPPRESS
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature, currentframe, signature
 from pathlib import Path
@@ -36,6 +37,16 @@ def _on_and_off(parser):
         parser.add_argument("--" + action.option_strings[0][5:], dest=action.dest, action="store_true", default=True, help=SUPPRESS)
     return parser
 
+# %% ../nbs/00a_commands.ipynb #8599499b
+def _one_line(parser):
+    "Let a wrong flag or value be a `CalaError` instead of a page of usage."
+    def error(message):
+        wrong = next((word.partition("=")[0] for word in message.split() if word.startswith("-")), "")
+        near = get_close_matches(wrong, parser._option_string_actions, 1) if "unrecognized" in message else []
+        raise CalaError(f"{message}; {''.join(f'did you mean {flag}? ' for flag in near)}--help lists every flag")
+    parser.error = error
+    return parser
+
 # %% ../nbs/00a_commands.ipynb #a64a9374
 def _as_function(config):
     "A function whose parameters are a dataclass's fields, inherited ones too, their comments as help."
@@ -46,15 +57,15 @@ def _as_function(config):
                                                annotation=Param(comments.get(f.name, ""), f.type)) for f in fields(config)])
     return flags
 
-# %% ../nbs/00a_commands.ipynb #16eece40
+# %% ../nbs/00a_commands.ipynb #cb37e8e8
 def parse_flags(
     config,              # a dataclass, or a function whose parameters are the flags
     argv: list = None,   # words of the command line; those of this process if None
     prog: str = None,    # the command's name in messages
 ):                       # an instance of the dataclass, or a dict of the function's arguments
-    "Read `argv` into `config`; a wrong flag prints one line and exits with status 2, as argparse does."
+    "Read `argv` into `config`; a wrong flag is a `CalaError`."
     parser = anno_parser(_as_function(config) if is_dataclass(config) else config, prog=prog)
-    typed = vars(_on_and_off(_dashed(parser)).parse_args(argv))
+    typed = vars(_one_line(_on_and_off(_dashed(parser))).parse_args(argv))
     names = {f.name for f in fields(config)} if is_dataclass(config) else signature(config).parameters
     typed = {name: value for name, value in typed.items() if name in names}
     return config(**typed) if is_dataclass(config) else typed

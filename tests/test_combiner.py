@@ -148,6 +148,7 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys):
     assert "--seed -1: give 0 or more" in says("--seed", -1)
     assert "is not empty" in says(output=world)
     assert "no transform" in says("--transform", "stretch")
+    assert "did you mean --num-epochs?" in says("--num-epochz", 3)
     assert not (tmp_path / "out/best").exists()
     gone = open_dataset("CIRR", world, "val").gallery.paths[0]
     gone.rename(gone.with_suffix(".away"))

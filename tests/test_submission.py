@@ -85,6 +85,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     (tmp_path / "bomb.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert "bomb.pt" in says("--combining-function", "combiner", "--combiner-path", tmp_path / "bomb.pt")
     assert "is not empty" in says("--output", tmp_path)
+    assert "did you mean --split?" in says("--spilt", "val")
     small = draw_cirr(tmp_path / "small", train=1, val=1, test1=3, size=48)
     assert "names 50 pictures a query, and test1 has 18" in says("--data-root", small)
     next(small.rglob("test1-*.png")).unlink()

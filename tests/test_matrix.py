@@ -1,0 +1,77 @@
+"Every backbone on every data set, with every frame and every mode: two steps, a validation, a checkpoint, and the same numbers out of it again."
+import math
+
+import pytest
+import torch
+from small_runs import draw_small_world, train_flags
+
+from cala.commands import parse_flags, run_command
+from cala.composition import frames
+from cala.encoders import MODES
+from cala.scripts import validate
+from cala.training import Recipe, Trainer, train
+
+BACKBONES = {  # words that choose it (train_flags has those of tiny), and the parts of it that a mode may change
+    "tiny": ([], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),
+    "blip2": (["--backbone-weights", "", "--random-weights", "small"], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),
+    "clip": (["--backbone-weights", "", "--random-weights", "small"], dict(both={"language", "reduction", "head"}, multi={"language", "reduction"}, text={"language"})),
+}
+DATASETS = dict(CIRR=64, FashionIQ=16)  # and the batch in which cala-validate gives the towers the pictures that training gave them together: a category has 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    "Bit for bit is promised on one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    "Every tensor of the model as its run began."
+    kept, open_as_ever = {}, Trainer.open
+    def watched(trainer):
+        open_as_ever(trainer)
+        kept.update({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    monkeypatch.setattr(Trainer, "open", watched)
+    return kept
+
+
+def run(world, output, arch, *more, **how):
+    recipe = parse_flags(Recipe, train_flags(world, output, "--encoder-arch", arch, *BACKBONES[arch][0], *more, **how))
+    return train(recipe, progress=False)
+
+
+def reached(row): return {key: value for key, value in row.items() if key not in ("epoch", "score")}
+
+
+@pytest.mark.parametrize("encoder", MODES)
+@pytest.mark.parametrize("frame", frames)
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("arch", BACKBONES)
+def test_two_steps_a_checkpoint_and_the_same_metrics_again(world, tmp_path, start, capsys, arch, dataset, frame, encoder):
+    done = run(world, tmp_path / "run", arch, "--dataset", dataset, "--cir-frame", frame, "--encoder", encoder, "--no-save-training", epochs=1)
+    assert len(done.log) == 2 and all(math.isfinite(row["loss"]) for row in done.log)
+
+    changed = {name for name, tensor in done.model.state_dict().items() if not torch.equal(tensor, start[name])}
+    parts = {name.split(".")[1] if name.startswith("backbone.") else name.split(".")[0] for name in changed}
+    assert parts == BACKBONES[arch][1][encoder] | {"hca", "tac"} | ({"frame"} if frame != "sum" else set())
+
+    words = ["--checkpoint", tmp_path / "run/best", "--data-root", world, "--batch-size", DATASETS[dataset], "--device", "cpu", "--output", tmp_path / "judged"]
+    found = run_command(validate.main, [str(word) for word in words], prog="cala-validate")[frame]
+    assert found == reached(done.metrics[-1]) and 0 < found["recall_at10"] < 100
+
+
+@pytest.mark.parametrize("arch", ["blip2", "clip"])
+def test_a_real_backbone_resumed_ends_as_if_undisturbed(world, tmp_path, arch):
+    whole = run(world, tmp_path / "whole", arch)
+    run(world, tmp_path / "parts", arch, "--num-epochs", 1)
+    parts = run(world, tmp_path / "parts", arch, "--resume", tmp_path / "parts")
+    assert parts.log == whole.log and parts.metrics == whole.metrics
+    for name, tensor in whole.model.state_dict().items(): assert torch.equal(parts.model.state_dict()[name], tensor), name
