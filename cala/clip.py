@@ -135,11 +135,12 @@ def overheard(module: nn.Module):
     try: yield heard
     finally: hook.remove()
 
-# %% ../nbs/06_clip.ipynb #ef7b7e99
+# %% ../nbs/06_clip.ipynb #51bae2b6
 @register("clip")
 class Clip(Backbone):
     "An open_clip model: its towers' features and tokens."
-    class_token = True  # token 0 is the upper left corner of the picture
+    class_token = True      # token 0 of `image` is the upper left corner of the picture
+    fresh = ("reduction",)  # starts from nothing beside published weights, and learns as the associations do
     def __init__(
         self,
         model: nn.Module,     # made by `open_model`; taken apart in place
@@ -163,11 +164,12 @@ def image(self: Clip, tokens: torch.Tensor) -> Embedding:
     tokens = self.reduction(places).relu()
     return Embedding(tokens, feature, tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
 
-# %% ../nbs/06_clip.ipynb #43ee14ff
+# %% ../nbs/06_clip.ipynb #48bae66c
 @patch
 def query(self: Clip, tokens: torch.Tensor, captions: list) -> Embedding:
-    "The reference, from its tokens (B, N, w); `captions` are not read: in CLIP it holds no text."
-    return self.image(tokens)
+    "The reference: its feature, then its places (B, 1 + L, d). `captions` are not read: in CLIP it holds no text."
+    places, feature, mask = self.image(tokens)
+    return Embedding(torch.cat([feature[:, None], places], 1), feature, torch.cat([mask[:, :1], mask], 1))
 
 # %% ../nbs/06_clip.ipynb #3747fdd1
 @patch(as_prop=True)
@@ -337,7 +339,7 @@ def fetch_weights(
         raise CalaError(f"the {pretrained} weights of {name} are not on this machine, and {page} cannot be reached ({type(error).__name__}). Fetch "
                         f"{OPEN_WEIGHTS if tag.get('hf_hub') else 'the file'} there and give it as --backbone-weights, or choose another --model-name") from error
 
-# %% ../nbs/06_clip.ipynb #3870eb21
+# %% ../nbs/06_clip.ipynb #c64bf5c5
 def find_tokenizer(
     name: str,           # as open_clip lists it
     text: dict,          # `text_cfg` of its configuration
@@ -348,6 +350,8 @@ def find_tokenizer(
     try:
         if folder: return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, **text.get("tokenizer_kwargs", {}))
         return open_clip.get_tokenizer(name, context_length=length)
+    except ImportError as error:
+        raise CalaError(f"the tokenizer of {name} needs a package more (pip install {error.name or 'transformers'}), then its files or a --tokenizer folder") from error
     except Exception as error:  # transformers, the hub and sentencepiece each have their own
         raise CalaError(f"the tokenizer of {name} ({folder or text.get('hf_tokenizer_name', 'its own')}) cannot be read or fetched ({type(error).__name__}); "
                         f"give a folder with its files as --tokenizer, or choose another --model-name") from error

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['CalaError', 'parse_flags', 'last_line', 'run_command', 'command']
 
-# %% ../nbs/00a_commands.ipynb #70628f8f
+# %% ../nbs/00a_commands.ipynb #6ddb33af
 import sys
+import warnings
 from argparse import SUPPRESS
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -82,7 +84,15 @@ def last_line(
     "The one line of a `CalaError`."
     return str(error).strip().splitlines()[-1].removeprefix("cala.commands.CalaError: ")
 
-# %% ../nbs/00a_commands.ipynb #48177fd5
+# %% ../nbs/00a_commands.ipynb #504c8adb
+@contextmanager
+def _for_users():
+    "What warns programmers is not shown while the block runs."
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter("ignore", kind)
+        yield
+
+# %% ../nbs/00a_commands.ipynb #a937e5b3
 def run_command(
     main,               # the function behind the command
     argv: list = None,  # words of the command line; those of this process if None
@@ -93,7 +103,7 @@ def run_command(
     config = next((p.annotation for p in signature(main).parameters.values() if is_dataclass(p.annotation)), main)
     try:
         flags = parse_flags(config, argv, prog)
-        return main(flags) if is_dataclass(config) else main(**flags)
+        with _for_users(): return main(flags) if is_dataclass(config) else main(**flags)
     except CalaError as error: message, status = last_line(error), 2
     except KeyboardInterrupt: message, status = "stopped by Ctrl-C", 130
     print(f"{prog}: {message}", file=sys.stderr)

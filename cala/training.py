@@ -65,7 +65,7 @@ class DataRecipe:
     cache_dir: str = None            # where token caches live; None: .cala_cache beside the data
     allow_missing: bool = False      # go on although pictures are missing; every result says how many
 
-# %% ../nbs/13_training.ipynb #b91e49f9
+# %% ../nbs/13_training.ipynb #7495ed34
 @dataclass
 class ModelRecipe:
     "What is built."
@@ -88,6 +88,7 @@ class ModelRecipe:
     hidden_dim: int = None           # Combiner: width of its hidden layer; None: 8 d
     tbia_scale: float = None         # scale of the TBIA logits; None: the objective's
     ctr_scale: float = None          # scale of the CTR logits; None: the objective's
+    qtm_scale: float = None          # scale of the QTM logits of sum and combiner; None: 100
 
 # %% ../nbs/13_training.ipynb #6ba07c14
 @dataclass
@@ -152,19 +153,19 @@ def run_folder(
     name = recipe.experiment_name or f"{recipe.dataset}-{recipe.encoder_arch.split(':')[-1]}-{recipe.cir_frame}"
     return Path(recipe.resume or recipe.output or f"runs/{name}")
 
-# %% ../nbs/13_training.ipynb #025685f6
-FACTORS = dict(backbone=1, hca=2, tac=2, frame=10)
+# %% ../nbs/13_training.ipynb #5fd87746
+FACTORS = dict(backbone=1, fresh=2, hca=2, tac=2, frame=10)
 
 def parameter_groups(
     model: CaLa,           # with its trainable parameters chosen
     learning_rate: float,  # of the backbone
 ) -> list:                 # groups for a torch optimizer, the backbone's first
-    "One group a part: backbone x1, associations x2, frame x10."
-    groups = []
-    for name, factor in FACTORS.items():
-        chosen = [p for p in getattr(getattr(model, name), "parameters", list)() if p.requires_grad]
-        if chosen: groups.append(dict(params=chosen, lr=learning_rate * factor, name=name))
-    return groups
+    "One group a part: backbone x1, what is fresh in it x2, associations x2, frame x10."
+    fresh = {id(p) for name in getattr(model.backbone, "fresh", ()) for p in getattr(model.backbone, name).parameters()}
+    groups = {name: [] for name in FACTORS}
+    for name, p in model.named_parameters():
+        if p.requires_grad: groups["fresh" if id(p) in fresh else name.split(".")[0]].append(p)
+    return [dict(params=chosen, lr=learning_rate * FACTORS[name], name=name) for name, chosen in groups.items() if chosen]
 
 # %% ../nbs/13_training.ipynb #712fca2f
 def rate_at(
@@ -216,8 +217,9 @@ def takes(
     "True if this backbone's `build` has that option."
     return option in signature(find_backbone(encoder_arch).build).parameters
 
-# %% ../nbs/13_training.ipynb #893156d0
-FRAME_FLAGS = "learned_temperature", "projection_dim", "hidden_dim"  # a frame that does not know a flag refuses it
+# %% ../nbs/13_training.ipynb #11d11585
+FRAME_FLAGS = dict(qtm_scale="scale", learned_temperature="learned_temperature",  # flag: what the frame calls it;
+                   projection_dim="projection_dim", hidden_dim="hidden_dim")      # one that does not know it refuses
 
 def make_model(
     recipe: Recipe,        # what to build
@@ -232,7 +234,7 @@ def make_model(
     if recipe.embeds_dim not in (None, backbone.dim):
         raise CalaError(f"--embeds-dim {recipe.embeds_dim}: this {backbone.name} backbone has {backbone.dim}; leave the flag out or correct it")
     keys = {f.name for f in fields(ModelRecipe)} & set(CaLa.__init__.__code__.co_varnames)
-    frame_options = {key: getattr(recipe, key) for key in FRAME_FLAGS if getattr(recipe, key)}
+    frame_options = {key: getattr(recipe, flag) for flag, key in FRAME_FLAGS.items() if getattr(recipe, flag)}
     model = CaLa(backbone, **{key: getattr(recipe, key) for key in keys}, frame_options=frame_options)
     backbone.fine_tune(recipe.encoder)
     return model

@@ -3,9 +3,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from cala.data import open_dataset
+
+REAL = Path(__file__).parents[2] / "shared/data"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not here")
 
 FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset"}
 

@@ -1,6 +1,5 @@
 "BLIP-2: against LAVIS where it is installed, and against its published file format everywhere."
-import importlib.util
-import pickle
+import shutil
 import urllib.error
 from copy import deepcopy
 from pathlib import Path
@@ -8,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lavis_helpers import VOCABULARY, allow_float64, features, lavis_model, offline_lavis, write_vocabulary
-from torch import nn
+from hostile import BOMBS, Bomb
+from lavis_helpers import VOCABULARY, Stub, allow_float64, features, lavis_model, needs_lavis, offline_lavis, write_vocabulary
+from safetensors.torch import load_file
 
 import cala.blip2 as blip2
 from cala.blip2 import SIZES, FrozenTrunk, WordPieces, clip_tower, load_tower
 from cala.commands import CalaError
 from cala.encoders import make_backbone
+from cala.model import CaLa, save_checkpoint
 from cala.qformer import QFormer, load_lavis_state
+from cala.scripts.validate import ModelFlags, build_model
 
-needs_lavis = pytest.mark.skipif(not importlib.util.find_spec("lavis"), reason="salesforce-lavis is not installed (it needs Python below 3.12)")
 CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
 SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, initializer_range=0.2)  # large enough for features that differ
 
@@ -57,7 +58,7 @@ def test_open_clip_tower_equals_the_clip_L_module_of_lavis():
     from lavis.models.clip_vit import VisionTransformer
     torch.manual_seed(0)
     theirs = VisionTransformer(input_resolution=56, patch_size=14, width=64, layers=4, heads=2, use_grad_checkpointing=False).eval()
-    for parameter in theirs.parameters(): nn.init.normal_(parameter, std=0.1)
+    for parameter in theirs.parameters(): torch.nn.init.normal_(parameter, std=0.1)
     ours = clip_tower(56, 64, layers=3, heads=2)  # LAVIS builds one block less than it is asked for
     assert load_tower(ours, theirs.state_dict()) == []
     images = torch.randn(2, 3, 56, 56)
@@ -78,7 +79,6 @@ def test_the_published_tower_has_21_blocks():
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     "Files as published, from a random LAVIS model at full size with its ViT-L trunk, and what that model says of one picture."
-    pytest.importorskip("lavis")
     from lavis.models.eva_vit import convert_weights_to_fp16
     folder = tmp_path_factory.mktemp("full")
     model, images = lavis_model(folder), torch.randn(1, 3, 224, 224)
@@ -100,6 +100,7 @@ def same(own, theirs):
     for ours, wanted in zip(own[1:], theirs[1:]): torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=0)
 
 
+@needs_lavis
 def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
     folder, images, said = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
@@ -111,6 +112,7 @@ def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
     same(say(backbone, images, CAPTIONS[:1]), said)
 
 
+@needs_lavis
 def test_whole_model_without_lavis_equals_lavis(full, monkeypatch):
     folder, images, said = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
@@ -120,18 +122,28 @@ def test_whole_model_without_lavis_equals_lavis(full, monkeypatch):
     same(say(backbone, images, CAPTIONS[:1]), said)
 
 
+@needs_lavis
+def test_vit_g_comes_through_lavis_and_equals_lavis(tmp_path, monkeypatch):
+    "`pretrain`: EVA-CLIP ViT-g at its width, of its 39 blocks two."
+    from lavis.models import eva_vit
+    whole = eva_vit.VisionTransformer
+    monkeypatch.setattr(eva_vit, "VisionTransformer", lambda **options: whole(**{**options, "depth": 2}))
+    model, images = lavis_model(tmp_path, vit_model="eva_clip_g", **SMALL), torch.randn(2, 3, 224, 224)
+    state = model.state_dict()
+    torch.save(model.visual_encoder.state_dict(), tmp_path / "eva_vit_g.pth")
+    torch.save({"model": {name: tensor for name, tensor in state.items() if not name.startswith(("visual_encoder.", "Qformer.cls."))}}, tmp_path / "blip2_pretrained.pth")
+    eva_vit.convert_weights_to_fp16(model.visual_encoder)
+    model.float()
+    with torch.no_grad(): said = [model.visual_encoder(images), *(features(model, mode, images, CAPTIONS[:2]) for mode in ("image", "text", "multimodal"))]
+
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(width=64, layers=3, heads=4, vocabulary=len(VOCABULARY) + 1), trunk={})})
+    monkeypatch.setattr(blip2, "fetch", lambda url, *cure: tmp_path / url.rsplit("/", 1)[-1])
+    with offline_lavis(tmp_path, **SMALL): backbone = make_backbone("blip2", model_name="pretrain")
+    assert type(backbone.trunk.module).__module__ == "lavis.models.eva_vit" and said[0].shape == (2, 257, 1408)
+    same(say(backbone, images, CAPTIONS[:2]), said)
+
+
 # One step of the released procedure
-
-class Stub(nn.Module):
-    "A trunk that costs nothing, for three LAVIS models."
-    num_features = 64
-
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Linear(48, 17 * 64)
-
-    def forward(self, images): return self.project(images.flatten(1)).unflatten(1, (17, 64))
-
 
 def released_step(textual, multimodal, visual, hca, tac, reference, captions, target):
     "Four calls of three LAVIS models, then TAC, HCA and the mixed loss, written out as the paper's program computes them."
@@ -146,9 +158,7 @@ def released_step(textual, multimodal, visual, hca, tac, reference, captions, ta
 @pytest.fixture
 def step(tmp_path):
     "Three LAVIS models of three weights and three trunks, CaLa with the same weights and one, and a batch of triplets."
-    pytest.importorskip("lavis")
-    from cala.model import CaLa
-    trunk = Stub().eval()
+    trunk = Stub(64).eval()
     three = [lavis_model(tmp_path, deepcopy(trunk), seed, **SMALL) for seed in (1, 2, 3)]
     qformer = QFormer(width=64, layers=3, heads=4, vision_width=64, vocabulary=len(VOCABULARY) + 1)
     backbone = blip2.Blip2(FrozenTrunk(trunk), qformer, WordPieces(tmp_path / "vocab.txt"), 4, {})
@@ -160,6 +170,7 @@ def step(tmp_path):
 ROLES = "textual", "multimodal", "visual"
 
 
+@needs_lavis
 def test_released_step_with_three_lavis_models_has_the_loss_of_ours_with_one_trunk(step):
     three, model, reference, target = step
     with torch.no_grad():
@@ -168,6 +179,7 @@ def test_released_step_with_three_lavis_models_has_the_loss_of_ours_with_one_tru
         assert abs(theirs - torch.tensor(4.).log()) > 0.5  # log 4 is what features that say nothing would give
 
 
+@needs_lavis
 def test_released_step_with_three_lavis_models_has_the_gradients_of_ours_in_float64(step, monkeypatch):
     allow_float64(monkeypatch)
     three, model, reference, target = step
@@ -238,6 +250,20 @@ def test_published_files_are_read_back_without_lavis(published):
             assert all(torch.equal(tensor, role.state_dict()[name]) for name, tensor in qformer.state_dict().items())
 
 
+def test_a_checkpoint_finds_the_published_files_where_they_were_or_where_the_flag_says(published, tmp_path_factory):
+    folder, qformer, tower = published
+    here = tmp_path_factory.mktemp("here") / "weights"
+    here.mkdir()
+    for name in ("blip2_pretrained_vitL.pth", "clip_vit_L.pth", "vocab.txt"): shutil.copyfile(folder / name, here / name)
+    save_checkpoint(CaLa(make_backbone("blip2", weights=str(here), tokenizer=str(here))), folder / "best")
+    assert not any("trunk" in name for name in load_file(folder / "best/model.safetensors"))
+    for moved, flags in ((False, {}), (True, dict(backbone_weights=str(folder), tokenizer=str(folder)))):
+        if moved: shutil.rmtree(here)
+        model = build_model(ModelFlags(checkpoint=folder / "best", **flags))
+        assert torch.equal(model.backbone.trunk.module.conv1.weight, tower.conv1.weight)
+    with pytest.raises(CalaError, match="--backbone-weights"): build_model(ModelFlags(checkpoint=folder / "best"))
+
+
 def test_trunk_inside_the_file_serves_as_well(published):
     folder, qformer, tower = published
     state = torch.load(folder / "blip2_pretrained_vitL.pth", weights_only=True)["model"]
@@ -291,17 +317,10 @@ def test_vit_g_without_lavis_says_what_it_needs(published):
     with pytest.raises(CalaError, match="pretrain needs salesforce-lavis"): make_backbone("blip2", model_name="pretrain")
 
 
-class Bomb:
-    def __init__(self, folder): self.folder = str(folder)
-    def __reduce__(self): return Path.mkdir, (Path(self.folder) / "exploded",)
-
-
-@pytest.mark.parametrize("write", [
-    lambda bomb, path: torch.save({"model": bomb}, path), lambda bomb, path: torch.save({"model": bomb}, path, _use_new_zipfile_serialization=False),
-    lambda bomb, path: path.write_bytes(pickle.dumps({"model": bomb}))], ids=["torch", "old torch", "pickle"])
-def test_a_file_that_would_execute_code_is_refused(published, write):
+@pytest.mark.parametrize("form", BOMBS)
+def test_a_file_that_would_execute_code_is_refused(published, form):
     folder, *_ = published
-    write(Bomb(folder), folder / "blip2_pretrained_vitL.pth")
+    BOMBS[form](Bomb(folder / "exploded"), folder / "blip2_pretrained_vitL.pth", "model")
     with pytest.raises(CalaError, match="could execute code"): make_backbone("blip2", weights=str(folder))
     assert not (folder / "exploded").exists()
 

@@ -2,7 +2,6 @@
 import importlib.metadata
 import io
 import json
-import os
 import pickle
 import urllib.error
 from copy import deepcopy
@@ -10,6 +9,7 @@ from copy import deepcopy
 import open_clip
 import pytest
 import torch
+from hostile import BOMBS, Bomb
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +20,7 @@ from cala.commands import CalaError
 from cala.data import image_transform
 from cala.encoders import MODES, make_backbone
 from cala.model import CaLa, load_checkpoint, save_checkpoint
+from cala.training import parameter_groups
 
 CAPTIONS = ["make the star red", "is shiny and silver with shorter sleeves ! and fit and flare !!", "", "tree " * 100, "Café ROUGE 日本"]
 try: NEW_TIMM = tuple(int(part) for part in importlib.metadata.version("timm").split(".")[:2]) >= (1, 0)
@@ -113,8 +114,8 @@ def test_timm_towers_are_cut_without_a_change(name):
     assert round(places.shape[1] ** 0.5) ** 2 == places.shape[1] and places.shape[2] == tokens.shape[2]
 
 
-@pytest.mark.skipif(NEW_TIMM, reason="timm is new enough here")
-def test_a_timm_tower_beside_lavis_is_one_line():
+def test_a_timm_tower_beside_an_old_timm_is_one_line(monkeypatch):
+    monkeypatch.setattr("open_clip.timm_model.timm", None)  # which it is where LAVIS holds timm back
     with pytest.raises(CalaError, match="timm"): make_backbone("clip", model_name="convnext_tiny", random_weights="full")
 
 
@@ -151,10 +152,23 @@ def test_a_sentence_does_not_depend_on_its_batch():
     torch.testing.assert_close(together.tokens[:1], alone.tokens, atol=1e-5, rtol=1e-5)
 
 
-def test_the_reference_holds_no_text():
+def test_the_reference_holds_no_text_and_its_feature_stands_before_its_places():
     backbone = small()
     tokens = backbone.trunk(torch.randn(2, 3, 96, 96))
-    for first, second in zip(backbone.query(tokens, CAPTIONS[:2]), backbone.query(tokens, CAPTIONS[3:])): assert torch.equal(first, second)
+    asks, alone = backbone.query(tokens, CAPTIONS[:2]), backbone.image(tokens)
+    for first, second in zip(asks, backbone.query(tokens, CAPTIONS[3:])): assert torch.equal(first, second)
+    assert torch.equal(asks.feature, alone.feature) and asks.mask.shape == asks.tokens.shape[:2] and asks.mask.all()
+    assert torch.equal(asks.tokens[:, 0], alone.feature) and torch.equal(asks.tokens[:, 1:], alone.tokens)
+
+
+def test_the_reduction_learns_at_the_rate_of_the_associations_and_the_towers_at_the_backbones():
+    model = CaLa(small(), cir_frame="artemis")
+    model.backbone.fine_tune("both")
+    groups = parameter_groups(model, 1e-5)
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(dict(backbone=1e-5, fresh=2e-5, hca=2e-5, tac=2e-5, frame=1e-4))
+    assert [id(p) for p in groups[1]["params"]] == [id(p) for p in model.backbone.reduction.parameters()]
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 # Frozen means constant
@@ -247,16 +261,9 @@ def test_weights_of_another_model_are_one_line_with_the_flag(tuned):
             assert "\n" not in str(said.value) and file in str(said.value)
 
 
-class Bomb:
-    def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("write", [lambda bomb, path: torch.save({"epoch": 1, "CLIP": bomb}, path),
-                                   lambda bomb, path: torch.save({"state_dict": bomb}, path, _use_new_zipfile_serialization=False),
-                                   lambda bomb, path: path.write_bytes(pickle.dumps(bomb))])
-def test_a_file_that_would_execute_code_is_refused(tmp_path, write):
-    write(Bomb(tmp_path / "exploded"), tmp_path / "weights.pt")
+@pytest.mark.parametrize("form", BOMBS)
+def test_a_file_that_would_execute_code_is_refused(tmp_path, form):
+    BOMBS[form](Bomb(tmp_path / "exploded"), tmp_path / "weights.pt", "CLIP")
     with pytest.raises(CalaError) as said: make_backbone("clip", weights=tmp_path / "weights.pt", architecture=shrink(find_architecture("RN50x4")))
     assert "weights.pt" in str(said.value) and "\n" not in str(said.value) and not (tmp_path / "exploded").exists()
 

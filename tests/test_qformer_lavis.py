@@ -1,34 +1,20 @@
 "The Q-Former of cala.qformer against LAVIS's own, at full size, with random weights and without network."
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("lavis", reason="salesforce-lavis is not installed (it needs Python below 3.12)")
-
-from lavis_helpers import VOCABULARY, allow_float64, features, lavis_model
+from lavis_helpers import VOCABULARY, Stub, allow_float64, features, lavis_model, needs_lavis
 
 from cala.commands import CalaError
 from cala.qformer import QFormer, load_lavis_state
 
+pytestmark = needs_lavis
 CAPTIONS = ["make the star red and remove the circle", "two stars"]
 MODES = "image", "text", "multimodal"
-
-
-class Stub(nn.Module):
-    "Stands for the vision trunk: a picture (B, 3, 4, 4) becomes 17 tokens of 1024 numbers."
-    num_features = 1024
-
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Linear(48, 17 * 1024)
-
-    def forward(self, images): return self.project(images.flatten(1)).unflatten(1, (17, 1024))
 
 
 @pytest.fixture(scope="module")
 def lavis(tmp_path_factory):
     "LAVIS's Blip2Qformer at full size: 12 layers, 768, 32 queries; every tensor random, so that none can hide."
-    return lavis_model(tmp_path_factory.mktemp("lavis"), Stub())
+    return lavis_model(tmp_path_factory.mktemp("lavis"), Stub(1024))
 
 
 @pytest.fixture(scope="module")

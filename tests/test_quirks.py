@@ -187,6 +187,18 @@ def test_clip_tac_has_a_learned_class_token(clip):
     assert model.tac.class_token.grad.abs().sum() > 0
 
 
+def test_hca_asks_with_clips_feature_and_not_with_the_corner_of_its_map(clip):
+    model = CaLa(clip, tac_weight=0.).eval()
+    with torch.no_grad(): F_r, F_c, F_t, _ = model.embed(pictures(2, clip.size), ["red", "blue"], pictures(2, clip.size, 1))
+    assert torch.equal(F_r.tokens[:, 0], F_r.feature)
+    def bridge(row):
+        tokens = F_r.tokens.clone()
+        tokens[:, row] += 100 * torch.randn(64, generator=torch.Generator().manual_seed(2))
+        return model.logits(F_r._replace(tokens=tokens), F_c, F_t)[2]
+    before = model.logits(F_r, F_c, F_t)[2]
+    assert torch.equal(bridge(1), before) and not torch.allclose(bridge(0), before)
+
+
 def test_batch_norm_of_the_frozen_clip_stays_in_evaluation_mode(clip):
     model = CaLa(clip).train()
     norms = [part for part in clip.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
@@ -254,7 +266,7 @@ def test_tls_is_never_turned_off_in_the_source():
 @pytest.mark.parametrize("package", ["salesforce-lavis", "open_clip_torch"])
 def test_installed_packages_are_as_their_publishers_made_them(package):
     try: files = metadata.files(package)
-    except metadata.PackageNotFoundError: pytest.skip(f"{package} is not installed")
+    except metadata.PackageNotFoundError: pytest.skip(f"compares the files of {package}, which is not installed")
     listed = [file for file in files if file.suffix == ".py" and file.hash]
     assert len(listed) > 20
     for file in listed:

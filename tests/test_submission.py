@@ -4,6 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_models import blip2_in_three_files
+from saved_models import tiny
+from stand_ins import REAL
+from stand_ins import needs_real
+from stand_ins import stand_in_root
 
 from cala.commands import run_command
 from cala.data import CIRR
@@ -14,14 +19,6 @@ from cala.retrieval import check_cirr_submission
 from cala.retrieval import evaluate
 from cala.scripts.cirr_submission import main
 from cala.worlds import draw_cirr
-from stand_ins import stand_in_root
-
-WORDS = "make the a red blue star circle smaller larger move it left".split()
-
-
-def tiny(frame="sum", seed=0):
-    torch.manual_seed(seed)
-    return CaLa(make_backbone("tiny", vocabulary=WORDS, width=32, heads=2, layers=2), cir_frame=frame)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +50,33 @@ def test_on_val_the_files_score_what_validation_measures(root, tmp_path):
     for k in (1, 2, 3): assert share(subset, k) == pytest.approx(result[f"group_recall_at{k}"])
 
 
-def test_the_seeds_command_line_with_files_of_the_released_program_and_of_ours(root, tmp_path):
-    backbone, paths = make_backbone("blip2", random_weights="small"), {}
-    for number, role in enumerate(("textual", "multimodal", "visual")):
-        torch.manual_seed(number)
-        for parameter in getattr(backbone, role).parameters(): torch.nn.init.normal_(parameter, std=0.05)
-        paths[role] = tmp_path / f"saved_blip2_{role}.pt"
-        torch.save({"epoch": 1, "Blip2Qformer": getattr(backbone, role).state_dict()}, paths[role])
-    save_checkpoint(CaLa(backbone), tmp_path / "best")
-    common = ["--submission-name", "cirr_submission", "--combining-function", "sum", "--random-weights", "small", "--data-root", root, "--device", "cpu"]
-    files = [w for role, path in paths.items() for w in (f"--blip2-{role}-path", path)]
-    released = submit(*common, *files, "--output", tmp_path / "released")
-    ours = submit(*common, *[tmp_path / "best" if isinstance(w, Path) else w for w in files], "--output", tmp_path / "ours")
-    whole = submit(*common[:4], *common[6:], "--checkpoint", tmp_path / "best", "--output", tmp_path / "whole")
+@pytest.mark.parametrize("frame", ["sum", "artemis"])
+def test_the_seeds_command_line_with_files_of_the_released_program_and_of_ours(root, tmp_path, frame):
+    backbone, files = blip2_in_three_files(tmp_path)
+    model = CaLa(backbone, frame)
+    save_checkpoint(model, tmp_path / "best")
+    where = ["--data-root", root, "--device", "cpu", "--random-weights", "small"]
+    seed = ["--submission-name", "cirr_submission", "--combining-function", frame]
+    if frame == "artemis": torch.save({"epoch": 1, "Artemis": released_names(model.frame)}, tmp_path / "artemis.pt")
+    its_frame = dict(sum=[], artemis=["--combiner-path", tmp_path / "artemis.pt"])[frame]  # where the released program keeps it, the seed does not say
+    released = submit(*seed, *files, *its_frame, *where, "--output", tmp_path / "released")
+    ours = submit(*seed, *[tmp_path / "best" if isinstance(word, Path) else word for word in files], *where, "--output", tmp_path / "ours")
+    whole = submit(*seed, "--checkpoint", tmp_path / "best", *where[:4], "--output", tmp_path / "whole")
     for a, b, c in zip(released, ours, whole): assert a.read_bytes() == b.read_bytes() == c.read_bytes()
+
+
+def released_names(artemis):
+    "Weights of ARTEMIS under the names that the released program gives them."
+    names = {"transform": "Transform_m.0", "explicit": "Attention_EM.attention", "implicit": "Attention_IS.attention"}
+    return {next((theirs + name[len(ours):] for ours, theirs in names.items() if name.startswith(ours + ".")), name): tensor for name, tensor in artemis.state_dict().items()}
+
+
+def test_a_clip_checkpoint_is_submitted_with_every_frame(root, tmp_path):
+    backbone = make_backbone("clip", random_weights="small")
+    for frame in ("sum", "artemis", "combiner"):
+        save_checkpoint(CaLa(backbone, frame), tmp_path / frame)
+        for path in submit("--data-root", root, "--checkpoint", tmp_path / frame, "--device", "cpu", "--output", tmp_path / f"of_{frame}"):
+            check_cirr_submission(path, CIRR(root, "test1"))
 
 
 def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
@@ -92,10 +102,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "1 of 18 pictures of CIRR test1 are missing" in says("--data-root", small)
 
 
-REAL = Path(__file__).parents[2] / "shared/data"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not here")
+@needs_real
 def test_a_submission_for_the_real_test1_split_is_accepted_by_the_checker(tmp_path):
     root = stand_in_root(REAL, tmp_path / "data", "CIRR", "test1")
     save_checkpoint(tiny(), tmp_path / "best")

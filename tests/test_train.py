@@ -151,6 +151,19 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert not any((tmp_path / "out").iterdir())  # a refused run leaves nothing
 
 
+@pytest.mark.parametrize("arch, says", [
+    ("blip2", ["blip2_pretrained_vitL.pth is missing", "https://storage.googleapis.com/", "/blip2_pretrained_vitL.pth", "--backbone-weights"]),
+    ("clip", ["open_clip_model.safetensors", "https://huggingface.co/timm/resnet50x4_clip.openai", "--backbone-weights"])])
+def test_without_a_network_a_published_backbone_is_one_line_with_file_address_and_flag(world, tmp_path, arch, says):
+    "From a shell whose way out is a closed port, and whose caches are empty."
+    closed = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "HTTP", "HTTPS")} | dict(no_proxy="", NO_PROXY="")
+    shell = {**os.environ, **closed, "HOME": str(tmp_path), "TORCH_HOME": str(tmp_path / "torch"), "HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "https://huggingface.co"}
+    words = ["--encoder-arch", arch, "--dataset", "CIRR", "--data-root", str(world), "--output", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-m", "cala.scripts.train", *words], capture_output=True, text=True, env=shell, timeout=300)
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and all(part in line for part in says), line
+
+
 def test_a_split_that_does_not_exist_is_named(world):
     with pytest.raises(CalaError, match="no split 'valid'; CIRR has train, val, test1"): open_dataset("CIRR", world, "valid")
     with pytest.raises(CalaError, match="no split 'valid'; FashionIQ has train, val, test"): open_dataset("FashionIQ", world, "valid")

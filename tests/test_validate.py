@@ -2,14 +2,21 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
+from saved_models import blip2_in_three_files
+from saved_models import tiny
+from stand_ins import REAL
+from stand_ins import needs_real
+from stand_ins import stand_in_root
 
+import cala.clip
+from cala.clip import find_architecture
+from cala.clip import shrink
 from cala.commands import run_command
 from cala.data import CIRR
+from cala.data import open_dataset
 from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.model import read_recipe
@@ -18,14 +25,6 @@ from cala.retrieval import evaluate
 from cala.scripts.validate import main
 from cala.worlds import draw_cirr
 from cala.worlds import draw_fashioniq
-from stand_ins import stand_in_root
-
-WORDS = "make the a red blue star circle smaller larger move it left is shorter and has sleeves".split()
-
-
-def tiny(frame="sum", seed=0, **options):
-    torch.manual_seed(seed)
-    return CaLa(make_backbone("tiny", vocabulary=WORDS, width=32, heads=2, layers=2), cir_frame=frame, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +40,7 @@ def validate(*words): return run_command(main, [str(w) for w in words], prog="ca
 
 def refused(capsys, *words):
     "The one line of a command that ends with status 2."
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended: validate(*words)
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -88,32 +88,43 @@ def test_fashioniq_is_judged_under_the_protocol_asked_for(root, tmp_path, capsys
     assert set(pd.read_csv(tmp_path / "out/ranks.csv")["category"]) == {"dress", "shirt", "toptee"}
 
 
-def test_the_seeds_command_line_clip_with_a_combiner_from_released_files(root, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    "The three files that the seed's command line names, with a fine-tuned RN50x4 that is as small as --random-weights makes it, and their model."
+    folder = tmp_path_factory.mktemp("released")
     clip = make_backbone("clip", random_weights="small", seed=3)
-    model = CaLa(clip, cir_frame="combiner", tac_weight=0., hca_weight=0.)
-    torch.save({"epoch": 4, "Combiner": model.frame.state_dict()}, tmp_path / "combiner.pt")
-    projection, hidden = model.frame.text_projection_layer.out_features, model.frame.combiner_layer.out_features
-    words = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", tmp_path / "combiner.pt", "--projection-dim", projection,
-             "--hidden-dim", hidden, "--clip-model-name", "RN50x4", "--target-ratio", "1.25", "--transform", "targetpad",
-             "--random-weights", "small", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out"]
-    validate(*words)
+    model = CaLa(clip, cir_frame="combiner", tac_weight=0., hca_weight=0., frame_options=dict(projection_dim=2560, hidden_dim=5120))
+    torch.save({"epoch": 4, "Combiner": model.frame.state_dict()}, folder / "combiner.pt")
+    whole = {name.removeprefix("language."): tensor for name, tensor in clip.language.state_dict(prefix="language.").items()}
+    whole |= {f"visual.{name}": tensor for name, tensor in clip.trunk.module.visual.state_dict().items()}
+    whole |= {f"visual.{name}": tensor for name, tensor in clip.head.state_dict().items()}
+    torch.save({"epoch": 9, "CLIP": whole | {"logit_scale": torch.ones([])}}, folder / "tuned_clip_best.pt")
+    return folder, model
+
+
+SEED = """--dataset {dataset} --combining-function {function} --combiner-path {folder}/combiner.pt --projection-dim 2560 --hidden-dim 5120 --clip-model-name RN50x4
+    --clip-model-path {folder}/tuned_clip_best.pt --target-ratio 1.25 --transform targetpad"""
+
+
+@pytest.mark.parametrize("function", ["combiner", "sum"])
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+def test_the_seeds_command_line_clip_and_a_combiner_from_released_files(root, released, tmp_path, capsys, monkeypatch, dataset, function):
+    folder, model = released
+    monkeypatch.setattr(cala.clip, "find_architecture", lambda name: shrink(find_architecture(name)))
+    words, where = SEED.format(dataset=dataset, function=function, folder=folder).split(), ["--data-root", root, "--device", "cpu", "--output", tmp_path / "out"]
+    validate(*words, *where)
     said = json.loads((tmp_path / "out/result.json").read_text())
-    assert (said["backbone"], said["frame"]) == ("clip", "combiner") and len(said["weights"]["combiner_path"]["sha256"]) == 64
-    words[words.index("--projection-dim") + 1] = projection + 1
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended: validate(*words)
-    assert ended.value.code == 2 and f"--projection-dim {projection + 1}: this Combiner has {projection}" in capsys.readouterr().err
+    assert (said["backbone"], said["frame"]) == ("clip", function) and all(len(file["sha256"]) == 64 for file in said["weights"].values())
+    judged = CaLa(model.backbone, function, tac_weight=0., hca_weight=0.) if function == "sum" else model
+    data = open_dataset(dataset, root, "val", model.backbone.transform("targetpad", 1.25))
+    assert said["result"] == pytest.approx(dict(evaluate(judged, data, progress=False)))
+    if function == "combiner":
+        assert "--projection-dim 2561: this Combiner has 2560" in refused(capsys, *words, *where, "--projection-dim", 2561)
 
 
 def test_three_blip2_files_of_the_released_program_make_the_model_that_saved_them(root, tmp_path):
-    backbone = make_backbone("blip2", random_weights="small", seed=5)
-    model, paths = CaLa(backbone, tac_weight=0., hca_weight=0.), {}
-    for number, role in enumerate(("textual", "multimodal", "visual")):
-        torch.manual_seed(number)
-        for parameter in getattr(backbone, role).parameters(): torch.nn.init.normal_(parameter, std=0.05)
-        paths[role] = tmp_path / f"saved_blip2_{role}.pt"
-        torch.save({"epoch": 1, "Blip2Qformer": getattr(backbone, role).state_dict()}, paths[role])
-    files = [word for role, path in paths.items() for word in (f"--blip2-{role}-path", path)]
+    backbone, files = blip2_in_three_files(tmp_path, seed=5)
+    model = CaLa(backbone, tac_weight=0., hca_weight=0.)
     validate("--dataset", "CIRR", *files, "--random-weights", "small", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out")
     fresh = make_backbone("blip2", random_weights="small")                       # the trunk of the command: the same flag, no seed
     backbone.trunk.load_state_dict(fresh.trunk.state_dict())
@@ -131,6 +142,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "no folder" in says("--data-root", tmp_path / "nowhere")
     assert "annotations of CIRR" in says("--data-root", tmp_path)
     assert "is no checkpoint" in says("--checkpoint", tmp_path)
+    assert "give another --clip-model-name" in refused(capsys, *good[:6], "--dataset", "CIRR", "--clip-model-name", "RN50x5")
     assert "--checkpoint and --clip-model-name name two models" in says("--clip-model-name", "RN50x4")
     assert "--blip2-multimodal-path, --blip2-visual-path is missing" in refused(capsys, *good[:6], "--dataset", "CIRR", "--blip2-textual-path", "x")
     assert "needs trained weights" in says("--combining-function", "combiner")
@@ -169,11 +181,10 @@ def test_from_a_shell(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "annotations of CIRR" in done.stderr
 
 
-REAL = Path(__file__).parents[2] / "shared/data"
 SIZES = dict(dress=(3817, 2628, 2017), shirt=(6346, 3089, 2038), toptee=(5373, 2902, 1961))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not here")
+@needs_real
 def test_real_cirr_annotations_at_full_size(tmp_path):
     root = stand_in_root(REAL, tmp_path / "data", "CIRR", "val")
     save_checkpoint(tiny(), tmp_path / "best")
