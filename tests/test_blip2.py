@@ -282,7 +282,7 @@ def test_a_url_is_fetched_once_into_the_cache_that_lavis_uses(published, monkeyp
         Path(to).write_bytes((folder / Path(to).name).read_bytes())
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", network)
-    for _ in range(2): make_backbone("blip2", tokenizer=str(folder))
+    for place in (None, blip2.LAVIS_FILES + "blip2_pretrained_vitL.pth"): make_backbone("blip2", weights=place, tokenizer=str(folder))
     assert fetched == [blip2.LAVIS_FILES + name for name in ("blip2_pretrained_vitL.pth", "clip_vit_L.pth")]
 
 

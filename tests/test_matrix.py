@@ -5,9 +5,10 @@ import pytest
 import torch
 from small_runs import draw_small_world, train_flags
 
-from cala.commands import parse_flags, run_command
+from cala.commands import CalaError, parse_flags, run_command
 from cala.composition import frames
 from cala.encoders import MODES
+from cala.model import load_checkpoint
 from cala.scripts import validate
 from cala.training import Recipe, Trainer, train
 
@@ -48,6 +49,11 @@ def run(world, output, arch, *more, **how):
     return train(recipe, progress=False)
 
 
+def judged(world, checkpoint, *more):
+    words = ["--checkpoint", checkpoint, "--data-root", world, "--device", "cpu", "--output", checkpoint.parent / "judged", *more]
+    return run_command(validate.main, [str(word) for word in words], prog="cala-validate")
+
+
 def reached(row): return {key: value for key, value in row.items() if key not in ("epoch", "score")}
 
 
@@ -63,8 +69,7 @@ def test_two_steps_a_checkpoint_and_the_same_metrics_again(world, tmp_path, star
     parts = {name.split(".")[1] if name.startswith("backbone.") else name.split(".")[0] for name in changed}
     assert parts == BACKBONES[arch][1][encoder] | {"hca", "tac"} | ({"frame"} if frame != "sum" else set())
 
-    words = ["--checkpoint", tmp_path / "run/best", "--data-root", world, "--batch-size", DATASETS[dataset], "--device", "cpu", "--output", tmp_path / "judged"]
-    found = run_command(validate.main, [str(word) for word in words], prog="cala-validate")[frame]
+    found = judged(world, tmp_path / "run/best", "--batch-size", DATASETS[dataset])[frame]
     assert found == reached(done.metrics[-1]) and 0 < found["recall_at10"] < 100
 
 
@@ -75,3 +80,21 @@ def test_a_real_backbone_resumed_ends_as_if_undisturbed(world, tmp_path, arch):
     parts = run(world, tmp_path / "parts", arch, "--resume", tmp_path / "parts")
     assert parts.log == whole.log and parts.metrics == whole.metrics
     for name, tensor in whole.model.state_dict().items(): assert torch.equal(parts.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["RN50x4", "ViT-B-32"])
+def test_clips_own_transform_is_trained_with_and_judged_with(world, tmp_path, capsys, name):
+    done = run(world, tmp_path / "run", "clip", "--model-name", name, "--transform", "clip", epochs=1)
+    assert judged(world, tmp_path / "run/best")["sum"] == reached(done.metrics[-1])
+    assert type(done.model.backbone.transform("clip")).__name__ == "OpenClipTransform"
+    with pytest.raises(CalaError, match="no transform 'clip'"): run(world, tmp_path / "other", "blip2", "--transform", "clip", epochs=1)
+
+
+@pytest.mark.parametrize("arch", ["blip2", "clip"])
+def test_bfloat16_of_the_frozen_trunk_or_of_everything_is_a_flag(world, tmp_path, arch):
+    exact, trunk, everything = (run(world, tmp_path / name, arch, *words, epochs=1) for name, words in
+                                dict(exact=[], trunk=["--trunk-precision", "bf16"], everything=["--precision", "bf16"]).items())
+    for rough in (trunk, everything):
+        assert rough.log[0]["loss"] != exact.log[0]["loss"] and rough.log[0]["loss"] == pytest.approx(exact.log[0]["loss"], rel=.02)
+        assert all(parameter.dtype == torch.float32 for parameter in rough.model.parameters())
+    assert load_checkpoint(tmp_path / "trunk/best").backbone.trunk.precision == "bf16"

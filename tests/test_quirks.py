@@ -188,15 +188,16 @@ def test_clip_tac_has_a_learned_class_token(clip):
 
 
 def test_hca_asks_with_clips_feature_and_not_with_the_corner_of_its_map(clip):
+    torch.manual_seed(0)
     model = CaLa(clip, tac_weight=0.).eval()
     with torch.no_grad(): F_r, F_c, F_t, _ = model.embed(pictures(2, clip.size), ["red", "blue"], pictures(2, clip.size, 1))
+    F_t = F_t._replace(tokens=torch.randn_like(F_t.tokens))  # fresh weights give all places nearly the same
     assert torch.equal(F_r.tokens[:, 0], F_r.feature)
-    def bridge(row):
+    def bridge(row=None):
         tokens = F_r.tokens.clone()
-        tokens[:, row] += 100 * torch.randn(64, generator=torch.Generator().manual_seed(2))
+        if row is not None: tokens[:, row] = 100 * torch.randn(64)
         return model.logits(F_r._replace(tokens=tokens), F_c, F_t)[2]
-    before = model.logits(F_r, F_c, F_t)[2]
-    assert torch.equal(bridge(1), before) and not torch.allclose(bridge(0), before)
+    assert torch.equal(bridge(1), bridge()) and not torch.allclose(bridge(0), bridge(), rtol=1e-2)
 
 
 def test_batch_norm_of_the_frozen_clip_stays_in_evaluation_mode(clip):

@@ -65,6 +65,7 @@ def test_a_checkpoint_is_judged_as_evaluate_does_and_the_files_say_on_what(root,
     rows = pd.read_csv(tmp_path / "out/result.csv").set_index("row")
     assert list(rows.index) == ["chance", "image only", "text only", frame]
     assert rows.loc[frame, "weights_sha256"] == said["weights"]["checkpoint"]["sha256"] and set(rows["gallery"]) == {36}
+    assert json.loads(rows.loc[frame, "recipe"]) == said["recipe"] and set(rows["protocol"]) == {"reference left out"}
     printed = capsys.readouterr().out
     assert "CIRR val, reference left out; gallery 36; 36 queries" in printed and "Rs@1" in printed
     validate("--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")  # its own files may be written again

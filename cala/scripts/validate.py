@@ -326,7 +326,7 @@ def facts(
     return dict(flags=asdict(flags), recipe=recipe, backbone=model.backbone.name, frame=model.config["cir_frame"], weights=weights_read(flags),
                 versions=dict(cala=__version__, torch=torch.__version__, python=platform.python_version()), device=str(find_device(flags.device)))
 
-# %% ../../nbs/21_validate.ipynb #b99104da
+# %% ../../nbs/21_validate.ipynb #33ea6383
 def write_results(
     folder: Path,   # where to
     results: dict,  # row -> Result, the model's last
@@ -334,8 +334,8 @@ def write_results(
 ):
     "result.json, result.csv and ranks.csv, each atomically."
     last = list(results)[-1]
-    hashes = " ".join(f["sha256"] for f in about["weights"].values())
-    rows = pd.DataFrame([dict(row=row, **result) | dict(weights_sha256=hashes if row == last else "") for row, result in results.items()])
+    source = dict(weights_sha256=" ".join(f["sha256"] for f in about["weights"].values()), recipe=json.dumps(about["recipe"] or about["flags"], default=str))
+    rows = pd.DataFrame([dict(row=row, **result) | (source if row == last else {}) for row, result in results.items()])
     said = dict(result=results[last], baselines={row: result for row, result in results.items() if row != last}, **about)
     write_atomically(folder / "result.json", json.dumps(said, indent=1, default=str).encode())
     write_atomically(folder / "result.csv", rows.to_csv(index=False).encode())
