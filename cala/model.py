@@ -224,7 +224,20 @@ class Everywhere(torch.autograd.Function):
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
-# %% ../nbs/10_model.ipynb #9e238224
+# %% ../nbs/10_model.ipynb #7bdb3ada
+@patch
+def losses_everywhere(
+    self: CaLa,
+    vectors: torch.Tensor,        # (k, b, d) of this rank
+    gallery: torch.Tensor = None, # (G, d) target features of the whole gallery, if they are to be negatives
+    at: torch.Tensor = None,      # (b,) where in it this rank's targets are
+) -> Losses:
+    "`losses` of the vectors of all ranks."
+    if self.ranks == 1: return self.losses(vectors, gallery, at)
+    if at is not None: at = Everywhere.apply(at[None])[0]
+    return self.losses(Everywhere.apply(vectors), gallery, at)
+
+# %% ../nbs/10_model.ipynb #9b5ba810
 @patch
 def forward(
     self: CaLa,
@@ -237,10 +250,7 @@ def forward(
 ) -> Losses:                      # or, with `pull`, a scalar that has that gradient
     "Losses of a batch of triplets, over all ranks."
     vectors = self.encode(reference, captions, target)
-    if pull is not None: return (vectors * pull).sum()
-    if self.ranks == 1: return self.losses(vectors, gallery, at)
-    if at is not None: at = Everywhere.apply(at[None])[0]
-    return self.losses(Everywhere.apply(vectors), gallery, at)
+    return self.losses_everywhere(vectors, gallery, at) if pull is None else (vectors * pull).sum()
 
 # %% ../nbs/10_model.ipynb #01ea114b
 @patch
