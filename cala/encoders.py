@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODES', 'backbones', 'ROOMS', 'SPECIAL', 'UNUSED', 'ROLES', 'Embedding', 'Backbone', 'register', 'find_backbone',
-           'make_backbone', 'WordTokenizer', 'read_vocabulary', 'QFormerBackbone', 'TinyTrunk', 'picture_share',
-           'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'shuffled_blocks', 'pretrain',
-           'save_backbone', 'load_backbone']
+           'make_backbone', 'WordTokenizer', 'read_vocabulary', 'Words', 'QFormerBackbone', 'TinyTrunk',
+           'picture_share', 'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'shuffled_blocks',
+           'pretrain', 'save_backbone', 'load_backbone']
 
 # %% ../nbs/04_encoders.ipynb #6aca4484
 import importlib
@@ -40,7 +40,7 @@ class Embedding(NamedTuple):
     feature: torch.Tensor  # (B, d), not normalised: frames and objectives do that where they need it
     mask: torch.Tensor     # (B, L) bool, True where a token is real
 
-# %% ../nbs/04_encoders.ipynb #7210bee8
+# %% ../nbs/04_encoders.ipynb #1f46a2ac
 class Backbone(nn.Module):
     "What every backbone offers: a frozen trunk and three encoders."
     name = ""           # what `--encoder-arch` calls it
@@ -51,6 +51,7 @@ class Backbone(nn.Module):
     save_trunk = True   # False where the trunk's weights are published and need not be saved again
     trunk: nn.Module    # (B, 3, size, size) -> (B, N, w)
 
+    def read(self, captions: list): return list(captions)  # once for both encoders that read; they take what it gives
     def text(self, captions: list) -> Embedding: raise NotImplementedError
     def image(self, tokens: torch.Tensor) -> Embedding: raise NotImplementedError
     def query(self, tokens: torch.Tensor, captions: list) -> Embedding: raise NotImplementedError
@@ -161,7 +162,17 @@ def read_vocabulary(
         for word, _ in cut.pre_tokenizer.pre_tokenize_str(caption.lower()): counts[word] = counts.get(word, 0) + 1
     return sorted(counts, key=lambda word: (-counts[word], word))
 
-# %% ../nbs/04_encoders.ipynb #6b5c73a7
+# %% ../nbs/04_encoders.ipynb #6f5845b3
+class Words(NamedTuple):
+    "Captions as numbers."
+    ids: torch.Tensor   # (B, L) long
+    mask: torch.Tensor  # (B, L), 1 where a token is real
+
+    def padded(self, length: int) -> "Words":
+        "At least `length` tokens long; [PAD] is number 0 in BERT's vocabulary and in ours."
+        return Words(*(F.pad(part, (0, max(0, length - part.shape[1]))) for part in self))
+
+# %% ../nbs/04_encoders.ipynb #13d5b01d
 class QFormerBackbone(Backbone):
     "A trunk, a tokenizer, and one Q-Former in three roles: E_c `textual`, E_m `multimodal`, E_t `visual`."
     def __init__(
@@ -176,16 +187,17 @@ class QFormerBackbone(Backbone):
         self.trunk, self.tokenizer, self.dim, self.size = trunk, tokenizer, dim, size
         self.textual, self.multimodal, self.visual = (deepcopy(qformer) for _ in range(3))
 
-    def read(self, captions):
-        "Tokens of the captions on the model's device."
+    def read(self, captions) -> Words:
+        "The captions as numbers on the model's device; what was read before passes."
+        if isinstance(captions, Words): return captions
         device = next(self.textual.parameters()).device
-        return tuple(part.to(device) for part in self.tokenizer(captions))
+        return Words(*(part.to(device) for part in self.tokenizer(captions)))
 
-# %% ../nbs/04_encoders.ipynb #28b7797b
+# %% ../nbs/04_encoders.ipynb #d0de6e2f
 @patch
 def text(
     self: QFormerBackbone,
-    captions: list,  # B sentences
+    captions: list,  # B sentences, or what `read` made of them
 ) -> Embedding:      # tokens (B, L_c, d)
     "E_c: the sentence alone."
     ids, mask = self.read(captions)
@@ -205,12 +217,12 @@ def image(
     "E_t: a picture alone."
     return _of_queries(self.visual.image(tokens))
 
-# %% ../nbs/04_encoders.ipynb #e1afe1eb
+# %% ../nbs/04_encoders.ipynb #226f0bf6
 @patch
 def query(
     self: QFormerBackbone,
     tokens: torch.Tensor,  # (B, N, w) of the reference
-    captions: list,        # B sentences
+    captions: list,        # B sentences, or what `read` made of them
 ) -> Embedding:            # tokens (B, Q, d)
     "E_m: the reference read with the sentence; the query outputs only."
     return _of_queries(self.multimodal.query(tokens, *self.read(captions)))
