@@ -510,13 +510,13 @@ def same_recipe(
     differ = [f"--{key.replace('_', '-')} {saved.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and saved.get(key) != now[key]]
     if differ: raise CalaError(f"{folder} is of another recipe: {'; '.join(differ)}. Give the same flags, or a new --output")
 
-# %% ../nbs/13_training.ipynb #50bb0573
+# %% ../nbs/13_training.ipynb #6f9fd57a
 @patch
 def resume(self: Trainer):
     "Load weights, optimizer, schedule and logs of the last complete epoch."
     folder = self.output / "last"
     if not checkpoint_folder(folder).is_dir(): raise CalaError(f"{self.output} holds no complete epoch; delete it, or choose another --output")
-    same_recipe(read_recipe(folder)["recipe"], self.recipe, folder)
+    same_recipe(read_recipe(folder, "state.pt")["recipe"], self.recipe, folder)
     file = checkpoint_folder(folder) / "state.pt"
     try: state = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error: raise CalaError(f"{file} cannot be read ({type(error).__name__}); start again with another --output") from error
