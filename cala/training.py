@@ -8,11 +8,12 @@ __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'FACTORS', 'FRAME_FLAGS', 'COM
            'make_schedule', 'Run', 'takes', 'make_model', 'open_split', 'BatchSampler', 'make_loader', 'Trainer',
            'check_output', 'installed', 'comet', 'tensorboard', 'trackers', 'same_recipe', 'idle_epochs', 'train']
 
-# %% ../nbs/13_training.ipynb #ff3783b7
+# %% ../nbs/13_training.ipynb #1a127274
 import io
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -510,7 +511,7 @@ def same_recipe(
     differ = [f"--{key.replace('_', '-')} {saved.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and saved.get(key) != now[key]]
     if differ: raise CalaError(f"{folder} is of another recipe: {'; '.join(differ)}. Give the same flags, or a new --output")
 
-# %% ../nbs/13_training.ipynb #6f9fd57a
+# %% ../nbs/13_training.ipynb #aaf1a1f7
 @patch
 def resume(self: Trainer):
     "Load weights, optimizer, schedule and logs of the last complete epoch."
@@ -518,7 +519,10 @@ def resume(self: Trainer):
     if not checkpoint_folder(folder).is_dir(): raise CalaError(f"{self.output} holds no complete epoch; delete it, or choose another --output")
     same_recipe(read_recipe(folder, "state.pt")["recipe"], self.recipe, folder)
     file = checkpoint_folder(folder) / "state.pt"
-    try: state = torch.load(file, weights_only=True, map_location="cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on foreign pickles
+            state = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error: raise CalaError(f"{file} cannot be read ({type(error).__name__}); start again with another --output") from error
     load_weights(self.accelerator.unwrap_model(self.model), folder)
     self.optimizer.load_state_dict(state["optimizer"]); self.schedule.load_state_dict(state["schedule"])

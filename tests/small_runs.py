@@ -14,9 +14,9 @@ from cala.worlds import draw_cirr
 from cala.worlds import draw_fashioniq
 
 
-def draw_small_world(root):
+def draw_small_world(root, val=4):
     "Both data sets, 36 triplets each to train on, and small.safetensors: a stage-1 file, smaller than tiny (32 wide, two layers) and with dropout."
-    draw_cirr(root, train=6, val=4, test1=1, size=48)
+    draw_cirr(root, train=6, val=val, test1=1, size=48)
     draw_fashioniq(root, train=12, val=8, test=1, size=48)
     splits = [open_dataset(name, root, "train") for name in ("CIRR", "FashionIQ")]
     words = read_vocabulary([text for data in splits for triplet in data.triplets for text in triplet.captions])
