@@ -462,14 +462,14 @@ def epoch(
         bar.update(); bar.set_postfix(epoch=number, loss=f"{row['loss']:.3f}")
     self.run.epochs_done = number
 
-# %% ../nbs/13_training.ipynb #70ac77d9
+# %% ../nbs/13_training.ipynb #d820b6be
 @patch
 def validate(self: Trainer) -> dict:  # a row of metrics.csv
     "Metrics of the validation split; `score` is what the best checkpoint is chosen by."
     model = self.accelerator.unwrap_model(self.model)
     data = self.validation[0] if len(self.validation) == 1 else self.validation
     found = evaluate(model, data, batch_size=max(64, self.recipe.batch_size), progress=False)
-    row = dict(epoch=self.run.epochs_done, score=found["mean"], **found)
+    row = dict(epoch=self.run.epochs_done, score=found["mean"], **found, missing_train=self.data.left_out["pictures"])
     self.run.metrics.append(row); self.watch(row)
     numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
     self.accelerator.log(numbers, step=len(self.run.log))
