@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODES', 'backbones', 'ROOMS', 'SPECIAL', 'UNUSED', 'ROLES', 'Embedding', 'Backbone', 'register', 'find_backbone',
-           'make_backbone', 'WordTokenizer', 'read_vocabulary', 'Words', 'QFormerBackbone', 'TinyTrunk',
+           'make_backbone', 'own_code', 'WordTokenizer', 'read_vocabulary', 'Words', 'QFormerBackbone', 'TinyTrunk',
            'picture_share', 'look_harder', 'Tiny', 'image_text_contrast', 'CaptionedPictures', 'shuffled_blocks',
            'pretrain', 'save_backbone', 'load_backbone']
 
-# %% ../nbs/04_encoders.ipynb #6aca4484
+# %% ../nbs/04_encoders.ipynb #ce5dfee4
+import hashlib
 import importlib
 import json
 import math
@@ -94,8 +95,13 @@ def register(
         return cls
     return add
 
-# %% ../nbs/04_encoders.ipynb #7ea84dfa
+# %% ../nbs/04_encoders.ipynb #0a672826
 ROOMS = dict(tiny="cala.encoders", blip2="cala.blip2", clip="cala.clip")
+
+def _with_build(found, name):
+    "`found` if it can be built as a backbone."
+    if not hasattr(getattr(found, "build", None), "__code__"): raise CalaError(f"--encoder-arch {name} is no backbone: it has no `build`; name a class that has")
+    return found
 
 def find_backbone(
     name: str,  # tiny, blip2, clip, a registered name, or package.module:Class
@@ -103,7 +109,7 @@ def find_backbone(
     "The backbone class called `name`, importing its module if need be."
     module, _, attribute = name.partition(":")
     try:
-        if attribute: return getattr(importlib.import_module(module), attribute)
+        if attribute: return _with_build(getattr(importlib.import_module(module), attribute), name)
         if name not in backbones and name in ROOMS: importlib.import_module(ROOMS[name])
     except (ImportError, AttributeError) as error: raise CalaError(f"--encoder-arch {name}: {error}") from error
     if name in backbones: return backbones[name]
@@ -121,6 +127,20 @@ def make_backbone(
     foreign = [f"--{key.replace('_', '-')}" for key in given if key not in known]
     if foreign: raise CalaError(f"the {name} backbone has no {', '.join(foreign)}; it takes {', '.join(known) or 'no options'}")
     return cls.build(**given)
+
+# %% ../nbs/04_encoders.ipynb #3961e3c3
+def own_code(
+    config: dict,  # of a backbone, from a file
+    source: str,   # that file, for the message
+) -> dict:         # the same config
+    "CalaError if a file wants code imported that is neither cala's nor in a package that CALA_TRUST names."
+    for key, value in config.items():
+        if isinstance(value, dict): own_code(value, source)
+        module, foreign, _ = str(value).partition(":")
+        package, trusted = module.split(".")[0], os.environ.get("CALA_TRUST", "").replace(",", " ").split()
+        if key == "name" and foreign and package not in ("cala", *trusted):
+            raise CalaError(f"{source} asks for {value} to be imported, which is not cala's; if you know and trust that code, set CALA_TRUST={package}")
+    return config
 
 # %% ../nbs/04_encoders.ipynb #30d3032c
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else `tokenizers` warns whenever a loader worker is forked
@@ -421,25 +441,36 @@ def pretrain(
     backbone.eval()
     return losses
 
-# %% ../nbs/04_encoders.ipynb #4c88999b
+# %% ../nbs/04_encoders.ipynb #1937713a
+def _digest(config, weights):
+    "SHA-256 of a config and its tensors, in whatever order they are stored."
+    found = hashlib.sha256(config.encode())
+    for name in sorted(weights): found.update(name.encode() + weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+# %% ../nbs/04_encoders.ipynb #3f0e8478
 def save_backbone(
     backbone: Backbone,  # with a `config`
     path: str,           # *.safetensors
 ):
     "Write weights and config as one file."
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(weights, path, metadata={"config": json.dumps(backbone.config)})
+    config, part = json.dumps(backbone.config), f"{path}.part"
+    save_file(weights, part, metadata={"config": config, "sha256": _digest(config, weights)})
+    os.replace(part, path)
 
-# %% ../nbs/04_encoders.ipynb #71853104
+# %% ../nbs/04_encoders.ipynb #f72d411b
 def load_backbone(
     path: str,  # written by `save_backbone`
 ) -> Backbone:
     "Read weights and config back; CalaError if the file is something else."
     if not Path(path).is_file(): raise CalaError(f"no file {path}; `cala-demo` writes a stage-1 backbone, or give another --backbone-weights")
     try:
-        with safe_open(path, "pt") as file: config = json.loads((file.metadata() or {})["config"])
-        backbone = make_backbone(**config)
-        backbone.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise CalaError(f"{path} is not a backbone written by cala ({type(error).__name__}); give another --backbone-weights") from error
+        with safe_open(path, "pt") as file: said = file.metadata() or {}
+        weights = load_file(path)
+        if said["sha256"] != _digest(said["config"], weights): raise ValueError("damaged")
+        backbone = make_backbone(**own_code(json.loads(said["config"]), path))
+        backbone.load_state_dict(weights)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise CalaError(f"{path} is not a backbone written by cala, or is damaged ({type(error).__name__}); give another --backbone-weights") from error
     return backbone.eval()

@@ -91,14 +91,14 @@ def _same(path, mark, thorough=False):
     if stat.st_size != mark.size: return False
     return (stat.st_mtime_ns == mark.time and not thorough) or _digest(path) == mark.digest
 
-# %% ../nbs/12_features.ipynb #9c7810bc
+# %% ../nbs/12_features.ipynb #c26a4e14
 def _read_journal(place):
     "{row: (Mark, checksum of its tokens)} of all rows that are done; the last word counts."
     done = {}
     for path in sorted(place.glob("done.*.jsonl")):
         for line in path.read_text(errors="replace").splitlines():
             try: row, size, time, digest, check = json.loads(line)
-            except (ValueError, TypeError): continue  # torn by a kill
+            except (ValueError, TypeError, RecursionError): continue  # torn by a kill
             if isinstance(row, int): done[row] = Mark(size, time, digest), check
     return done
 
@@ -129,14 +129,14 @@ def _create(place, about, shape):
     except FileExistsError: pass
     new.unlink()
 
-# %% ../nbs/12_features.ipynb #2e75fa01
+# %% ../nbs/12_features.ipynb #ae254587
 def _open(place):
     "The tokens, read from disk when indexed; a `CalaError` if the file is not whole."
     try:
         tokens, about = np.load(place / "tokens.npy", mmap_mode="r", allow_pickle=False), json.loads((place / "about.json").read_text())
         if (list(tokens.shape), str(tokens.dtype)) == (about["shape"], about["dtype"]): return tokens
         raise ValueError(f"it holds {tokens.dtype} {tokens.shape}")
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
         raise CalaError(f"{place / 'tokens.npy'} is damaged ({error}); delete {place} and build it again") from None
 
 # %% ../nbs/12_features.ipynb #3615f1ab
@@ -312,13 +312,14 @@ def verify(self: TokenCache):
         if crc32(self._tokens[row]) != done.get(row, (None, None))[1]:
             raise CalaError(f"{self.place / 'tokens.npy'} holds other tokens of {name} than were written; delete {self.place} and build it again")
 
-# %% ../nbs/12_features.ipynb #4955e4d6
+# %% ../nbs/12_features.ipynb #c761324d
 def _why_none(folder, about):
     "What lies in `folder` instead of a cache of `about`."
     words = dict(trunk="another trunk", transform="another transform", dtype="another number format", names="other pictures")
     for path in sorted(Path(folder).glob("*/about.json")):
         try: other = json.loads(path.read_text())
-        except ValueError: continue
+        except (ValueError, RecursionError): continue
+        if not isinstance(other, dict): continue
         differ = [word for key, word in words.items() if other.get(key) != about[key]]
         if len(differ) < len(words): return f"{folder} holds tokens of {' and '.join(differ)}"
     return f"{folder} holds no tokens"

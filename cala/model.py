@@ -7,11 +7,12 @@ __all__ = ['OBJECTIVES', 'RELEASED', 'Losses', 'diagonal_loss', 'implied', 'CaLa
            'checkpoint_folder', 'save_checkpoint', 'read_recipe', 'load_weights', 'load_checkpoint', 'read_released',
            'load_released']
 
-# %% ../nbs/10_model.ipynb #8064dde6
+# %% ../nbs/10_model.ipynb #b8c3bc0b
 import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from .composition import make_frame
 from .composition import widened
 from .encoders import Backbone
 from .encoders import make_backbone
+from .encoders import own_code
 from .objectives import association_logits
 from .objectives import contrast
 from .objectives import paper
@@ -291,7 +293,7 @@ def for_retrieval(
     self.hca = self.tac = None
     return self.eval()
 
-# %% ../nbs/10_model.ipynb #9d8993bc
+# %% ../nbs/10_model.ipynb #3f0b8a34
 def write_atomically(
     path: str,   # where the file will stand
     data: bytes, # its content
@@ -304,7 +306,7 @@ def write_atomically(
             file.write(data); file.flush(); os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError): beside.unlink()
         raise CalaError(f"cannot write {path}: {error.strerror}; what stood there is untouched") from error
 
 # %% ../nbs/10_model.ipynb #cc4a6f8b
@@ -316,17 +318,22 @@ def state_to_save(
     skip = () if self.backbone.save_trunk else ("backbone.trunk.",)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items() if not name.startswith(skip)}
 
-# %% ../nbs/10_model.ipynb #f03d8dc0
+# %% ../nbs/10_model.ipynb #2c4a4078
 def _swap_in(folder, files):
     "Replace `folder` by one with `files`; at every moment `folder` or its `.old` is whole."
     beside, before = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, data in files.items(): write_atomically(beside / name, data)
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-    beside.rename(folder)
+    try:
+        beside.mkdir(parents=True)
+        for name, data in files.items(): write_atomically(beside / name, data)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
+        beside.rename(folder)
+    except (OSError, CalaError) as error:
+        why, kept = getattr(error, "strerror", None) or error.__cause__.strerror, any(path.exists() for path in (folder, before))
+        raise CalaError(f"cannot save {folder}: {why}; {'what was saved there before is whole' if kept else 'nothing was saved there before'}; make room and go on") from error
+    finally: shutil.rmtree(beside, ignore_errors=True)  # on a full disk it would take the rest
     shutil.rmtree(before, ignore_errors=True)
 
 # %% ../nbs/10_model.ipynb #bc1b21f8
@@ -338,7 +345,14 @@ def checkpoint_folder(
     before = folder.with_name(folder.name + ".old")
     return before if before.is_dir() and not folder.exists() else folder
 
-# %% ../nbs/10_model.ipynb #df967894
+# %% ../nbs/10_model.ipynb #2044d98b
+def _sha256(data): return hashlib.sha256(data).hexdigest()
+
+def _sealed(said):
+    "`said` with a hash of itself at its end."
+    return said | dict(seal=_sha256(json.dumps(said).encode()))
+
+# %% ../nbs/10_model.ipynb #12ed415d
 def save_checkpoint(
     model: CaLa,           # what to keep
     folder: str,           # made if need be, replaced if it is there
@@ -346,28 +360,43 @@ def save_checkpoint(
     metrics: dict = None,  # what it reached, JSON-able
     extra: dict = None,    # further files: name -> bytes
 ):
-    "Write model.safetensors and recipe.json with the weights' hash; the folder changes as a whole or not at all."
-    weights = to_safetensors(model.state_to_save())
+    "Write model.safetensors and recipe.json with the hashes of all files; the folder changes as a whole or not at all."
+    weights, extra = to_safetensors(model.state_to_save()), extra or {}
     said = dict(backbone=model.backbone.config, model=model.config, recipe=recipe or {}, metrics=metrics or {},
-                sha256=hashlib.sha256(weights).hexdigest())
-    files = {"model.safetensors": weights, "recipe.json": json.dumps(said, indent=1).encode(), **(extra or {})}
-    _swap_in(Path(folder), files)
+                sha256=_sha256(weights), beside={name: _sha256(data) for name, data in extra.items()})
+    _swap_in(Path(folder), {"model.safetensors": weights, "recipe.json": json.dumps(_sealed(said), indent=1).encode(), **extra})
 
-# %% ../nbs/10_model.ipynb #86d6338b
+# %% ../nbs/10_model.ipynb #b79d7a7e
+def _damage(folder, *also):
+    "What is wrong with a checkpoint's files (`also` files beside the weights), \"\" if nothing; and what its recipe says."
+    hashes = lambda said: said["beside"] | {"model.safetensors": said.get("sha256")}
+    for name in ("recipe.json", "model.safetensors", *also):
+        if not (folder / name).is_file(): return f"{folder} is no checkpoint: {name} is missing", {}
+    try: said = json.loads((folder / "recipe.json").read_bytes())
+    except (ValueError, RecursionError) as error: return f"{folder / 'recipe.json'} is not JSON ({error})", {}
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), dict) for key in ("backbone", "model", "recipe", "metrics", "beside")):
+        return f"{folder / 'recipe.json'} is not a recipe of cala", {}
+    if said != _sealed({key: value for key, value in said.items() if key != "seal"}): return f"{folder / 'recipe.json'} is damaged, or was edited by hand", {}
+    for name in ("model.safetensors", *also):
+        if _sha256((folder / name).read_bytes()) != hashes(said).get(name): return f"{folder / name} does not match its recipe.json (truncated, damaged, or of another run)", {}
+    return "", said
+
+# %% ../nbs/10_model.ipynb #4151c1c2
+def _whole_beside(folder):
+    "What to do about a damaged checkpoint: names those of the same run that are whole."
+    others = [path for path in sorted(folder.parent.glob("*")) if path != folder and (path / "recipe.json").is_file()]
+    found = [f"{path} (epoch {said['metrics'].get('epoch', '?')})" for path in others for wrong, said in [_damage(path)] if not wrong]
+    return f"whole is {' and '.join(found)}" if found else "give the folder that cala-train wrote (best or last)"
+
+# %% ../nbs/10_model.ipynb #ec258018
 def read_recipe(
     folder: str, # a checkpoint folder
-) -> dict:       # backbone, model, recipe, metrics, sha256
-    "The recipe.json of a checkpoint, its weights' hash compared."
+    *also: str,  # files beside the weights that will be read too
+) -> dict:       # backbone, model, recipe, metrics, sha256, beside
+    "The recipe.json of a checkpoint whose files are whole; CalaError names what is not, and another checkpoint of the run that is."
     folder = checkpoint_folder(folder)
-    path, weights = folder / "recipe.json", folder / "model.safetensors"
-    for file in (path, weights):
-        if not file.is_file(): raise CalaError(f"{folder} is no checkpoint: {file.name} is missing; give the folder that cala-train wrote (best or last)")
-    try: said = json.loads(path.read_bytes())
-    except ValueError as error: raise CalaError(f"{path} is not JSON ({error}); use another checkpoint of the run") from error
-    if not isinstance(said, dict) or not {"backbone", "model", "sha256"} <= said.keys():
-        raise CalaError(f"{path} is not a recipe of cala: it lacks backbone, model or sha256")
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != said["sha256"]:
-        raise CalaError(f"{weights} does not match its recipe.json (truncated, damaged, or of another run); use another checkpoint of the run")
+    wrong, said = _damage(folder, *also)
+    if wrong: raise CalaError(f"{wrong}; {_whole_beside(folder)}")
     return said
 
 # %% ../nbs/10_model.ipynb #7b78ccf5
@@ -383,15 +412,16 @@ def load_weights(
     absent = [name for name in absent if model.backbone.save_trunk or not name.startswith("backbone.trunk.")]
     if absent or foreign: raise CalaError(f"{folder} does not fit its recipe: missing {absent[:3]}, unknown {foreign[:3]}")
 
-# %% ../nbs/10_model.ipynb #658e0bd8
+# %% ../nbs/10_model.ipynb #9c59026b
 def load_checkpoint(
     folder: str,         # a checkpoint folder
     **backbone_options,  # where this machine keeps published weights: weights, tokenizer
 ) -> CaLa:               # in evaluation mode
     "The model of a checkpoint."
     said = read_recipe(folder)
-    try: model = CaLa(make_backbone(**{**said["backbone"], **backbone_options}), **said["model"])
-    except TypeError as error: raise CalaError(f"{folder} does not fit its recipe ({error}); it may be of another version of cala") from error
+    config = own_code(said["backbone"], folder) | backbone_options
+    try: model = CaLa(make_backbone(**config), **said["model"])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error: raise CalaError(f"{folder} does not fit its recipe ({error}); it may be of another version of cala") from error
     load_weights(model, folder)
     return model.eval()
 

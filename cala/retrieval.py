@@ -470,14 +470,14 @@ def _answer_fault(names, triplet, metric, split):
     if metric == "recall_subset" and not set(triplet.group).issuperset(names): return "name pictures outside their group"
     return ""
 
-# %% ../nbs/11_retrieval.ipynb #535c0e25
+# %% ../nbs/11_retrieval.ipynb #04593619
 def _read_submission(path):
     "A submission file's content, and the faults found in reading it."
     twice = []
     def note(pairs): twice.extend(k for k, n in Counter(k for k, _ in pairs).items() if n > 1); return dict(pairs)
-    try: content = json.loads(Path(path).read_bytes(), object_pairs_hook=note)
+    try: content = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=note)  # UTF-8 and no other
     except OSError as error: raise CalaError(f"{path} cannot be read ({error.strerror}); write it with cala-cirr-submission") from None
-    except ValueError as error: return {}, [f"it is not JSON ({error})"]
+    except (ValueError, RecursionError) as error: return {}, [f"it is not JSON ({error})"]
     if not isinstance(content, dict): return {}, ["it is not a JSON object"]
     return content, [f"{len(twice)} keys stand there twice, the first is {twice[0]}"] if twice else []
 

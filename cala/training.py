@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'FACTORS', 'FRAME_FLAGS', 'COM
            'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'Share', 'same_recipe',
            'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
 
-# %% ../nbs/13_training.ipynb #3e8d8e70
+# %% ../nbs/13_training.ipynb #1a127274
 import io
 import json
 import math
@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -823,7 +824,7 @@ def validate(self: Trainer) -> dict:  # a row of metrics.csv
     data = self.validation[0] if len(self.validation) == 1 else self.validation
     if self.accelerator.num_processes == 1: found = evaluate(model, data, **how)
     else: found = measure(model.frame, [self.embed_together(one, **how) for one in self.validation], self.validation)
-    row = dict(epoch=self.run.epochs_done, score=found["mean"], **found)
+    row = dict(epoch=self.run.epochs_done, score=found["mean"], **found, missing_train=self.data.left_out["pictures"])
     self.run.metrics.append(row); self.watch(row)
     numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
     self.accelerator.log(numbers, step=len(self.run.log))
@@ -844,15 +845,18 @@ def same_recipe(
     differ = [f"--{key.replace('_', '-')} {saved[key]} there, {now[key]} here" for key in now if key not in MAY_DIFFER and saved[key] != now[key]]
     if differ: raise CalaError(f"{folder} is of another recipe: {'; '.join(differ)}. Give the same flags, or a new --output")
 
-# %% ../nbs/13_training.ipynb #34408985
+# %% ../nbs/13_training.ipynb #aaf1a1f7
 @patch
 def resume(self: Trainer):
     "Load weights, optimizer, schedule, generators and logs of the last state that was kept."
     folder, rank, ranks = self.output / "last", self.accelerator.process_index, self.accelerator.num_processes
     if not checkpoint_folder(folder).is_dir(): raise CalaError(f"{self.output} holds no complete epoch; delete it, or choose another --output")
-    same_recipe(read_recipe(folder)["recipe"], self.recipe, folder)
+    same_recipe(read_recipe(folder, "state.pt")["recipe"], self.recipe, folder)
     file = checkpoint_folder(folder) / "state.pt"
-    try: state = {"position": 0, "dice": [], "scaled": 0, **torch.load(file, weights_only=True, map_location="cpu")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on foreign pickles
+            state = {"position": 0, "dice": [], "scaled": 0, **torch.load(file, weights_only=True, map_location="cpu")}
     except Exception as error: raise CalaError(f"{file} cannot be read ({type(error).__name__}); start again with another --output") from error
     load_weights(self.core, folder)
     self.optimizer.load_state_dict(state["optimizer"]); self.schedule.load_state_dict(state["schedule"])

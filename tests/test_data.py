@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision.transforms as T
@@ -14,10 +16,12 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from cala.commands import CalaError
+from cala.commands import CalaError, run_command
 from cala.data import (CIRR, CLIP_MEAN, CLIP_STD, FashionIQ, audit, collate, image_transform, open_dataset, read_picture, square_pad,
                        target_pad)
+from cala.scripts import combiner, train, validate
 from cala.worlds import draw_cirr, draw_fashioniq
+from small_runs import draw_small_world, train_flags
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published annotations are not here")
@@ -167,6 +171,19 @@ def test_every_colour_mode_is_read_as_rgb(tmp_path, mode):
     assert np.abs(colours(path).astype(int) - RED).max() <= 4
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_jpeg_of_every_colour_mode_is_read_as_rgb(tmp_path, mode):
+    Image.new("L" if mode == "L" else "RGB", (16, 8), 200 if mode == "L" else (200, 0, 0)).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(colours(tmp_path / "a.jpg").astype(int) - ((200,) * 3 if mode == "L" else (200, 0, 0))).max() <= 6
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_several_frames_the_first_is_read(tmp_path, suffix):
+    frames = [Image.new("RGB", (16, 8), colour) for colour in ((200, 0, 0), (0, 0, 200))]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **(dict(lossless=True) if suffix == "webp" else {}))
+    assert np.abs(colours(tmp_path / f"a.{suffix}").astype(int) - (200, 0, 0)).max() <= 4
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
 def test_grey_is_read_as_rgb(tmp_path, mode):
     Image.new("L", (6, 4), 255).convert(mode).save(tmp_path / "a.png")
@@ -271,6 +288,28 @@ def test_holes_leave_the_galleries_of_fashioniq_consistent(root):
     data.gallery.paths[0].unlink()
     with pytest.warns(UserWarning, match="missing and left out"): data = FashionIQ(root, "val", allow_missing=True)
     assert torch.cat(list(data.galleries.values())).max() < len(data.gallery) and torch.cat(list(data.queries.values())).max() < len(data)
+
+
+@pytest.mark.parametrize("name, lost_of_val", [("CIRR", 1), ("FashionIQ", 2)])
+def test_with_allow_missing_every_result_of_every_command_says_how_many(tmp_path, capsys, name, lost_of_val):
+    root = draw_small_world(tmp_path)
+    lost = {split: open_dataset(name, root, split).gallery for split in ("train", "val")}
+    for split, count in (("train", 3), ("val", lost_of_val)):
+        for path in lost[split].paths[:count]: path.unlink()
+    words = ["--dataset", name, "--data-root", root, "--allow-missing", "--output"]
+    counts = lambda path: pd.read_csv(path)[["missing", "missing_train"]].drop_duplicates().values.tolist()
+
+    with pytest.warns(UserWarning, match=f"3 of .* pictures of {name} train are missing and left out"), pytest.warns(UserWarning, match=f"{lost_of_val} of .* {name} val"): run_command(train.main, train_flags(root, root / "run", *words, root / "run", epochs=1))
+    assert counts(root / "run/metrics.csv") == [[lost_of_val, 3]] and re.search("missing .*missing_train", capsys.readouterr().out)
+    assert json.loads((root / "run/best/recipe.json").read_text())["metrics"]["missing"] == lost_of_val
+
+    with pytest.warns(UserWarning, match=f"of {name} val are missing and left out"): run_command(validate.main, [str(w) for w in [*words, root / "out", "--checkpoint", root / "run/best"]])
+    assert f"; {lost_of_val} pictures missing" in capsys.readouterr().out
+    said, rows = json.loads((root / "out/result.json").read_text()), pd.read_csv(root / "out/result.csv")
+    assert said["result"]["missing"] == lost_of_val and (rows["missing"] == lost_of_val).all() and len(rows) == 4
+
+    with pytest.warns(UserWarning): run_command(combiner.main, [str(w) for w in [*words, root / "combined", "--checkpoint", root / "run/best", "--num-epochs", 1]])
+    assert counts(root / "combined/metrics.csv") == [[lost_of_val, 3]]
 
 
 def test_without_any_picture_there_is_nothing_to_go_on_with(root):

@@ -1,6 +1,5 @@
 "cala-train as a whole: every flag of the seed, each mistake in one line, and runs that are killed, stopped, resumed, repeated."
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +24,10 @@ from cala.training import open_split
 from cala.training import train
 from cala.worlds import draw_cirr
 from small_runs import draw_small_world
+from small_runs import exit_code
+from small_runs import kept
 from small_runs import lines_of
+from small_runs import server
 from small_runs import train_flags
 
 
@@ -53,21 +55,6 @@ def refused(capsys, world, output, *more):
     lines = lines_of(capsys.readouterr().err)
     assert len(lines) == 1 and lines[0].startswith("cala-train: "), lines
     return lines[0]
-
-
-def kept(folder):
-    "What a run leaves, to compare bit for bit: every table, every tensor, every number of the state."
-    found = {name: (folder / name).read_bytes() for name in ("log.csv", "metrics.csv")}
-    for name in ("best", "last"): found |= {f"{name}/{key}": value.numpy().tobytes() for key, value in load_file(folder / name / "model.safetensors").items()}
-    return found | dict(state=flat(torch.load(folder / "last/state.pt", weights_only=True)))
-
-
-def flat(value):
-    "Nested dicts and lists with tensors as bytes; NaN as a word, since it differs from itself."
-    if isinstance(value, torch.Tensor): return value.numpy().tobytes()
-    if isinstance(value, dict): return {key: flat(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)): return [flat(v) for v in value]
-    return "nan" if value != value else value
 
 
 @pytest.fixture(scope="module")
@@ -228,37 +215,9 @@ def _child(words, killed_at, error):
         run_command(main, words, prog="cala-train")
 
 
-@pytest.fixture(scope="module")
-def server():
-    "Children are forked from a process that has imported everything and computed nothing: ready at once, no threads to lose."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cala.scripts.train"])
-    return context
-
-
 def in_child(server, words, error, killed_at=None):
     "Exit code of a run in a child, or minus the signal that ended it."
-    child = server.Process(target=_child, args=(words, killed_at, str(error)))
-    child.start(); child.join(120)
-    assert child.exitcode is not None, child.kill()
-    return child.exitcode
-
-
-KILLS = {  # what a run of three epochs, two steps each, calls when it is killed: function, name of its first argument, which time
-    "in the middle of the second epoch": ("Trainer.step", None, 4, signal.SIGKILL),
-    "in the second validation": ("training.evaluate", None, 2, signal.SIGKILL),
-    "while it writes the second last/": ("Path.rename", "last", 1, signal.SIGKILL),
-    "between the two renames of last/": ("Path.rename", "last.part", 2, signal.SIGKILL),
-    "while it writes the log of the third epoch": ("training.write_atomically", "log.csv", 3, signal.SIGKILL),
-}
-
-
-@pytest.mark.parametrize("when", KILLS)
-def test_a_run_killed_and_resumed_ends_as_if_undisturbed(world, tmp_path, undisturbed, server, when):
-    words = train_flags(world, tmp_path / "run", epochs=3)
-    assert in_child(server, words, tmp_path / "said", KILLS[when]) == -signal.SIGKILL
-    assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0, (tmp_path / "said").read_text()
-    assert kept(tmp_path / "run") == kept(undisturbed)
+    return exit_code(server.Process(target=_child, args=(words, killed_at, str(error))))
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed, server):

@@ -194,7 +194,7 @@ def best_of(metrics):
     "The row with the highest score, the first of equals."
     return max(metrics, key=lambda row: row["score"])
 
-# %% ../../nbs/23_combiner.ipynb #7e4849a7
+# %% ../../nbs/23_combiner.ipynb #d204951a
 def fit(
     model: CaLa,             # from `with_combiner`
     train,                   # data set to train on
@@ -212,7 +212,7 @@ def fit(
         log.append(dict(epoch=epoch, loss=one_epoch(model.frame, optimizer, batches_of(epoch, train, found, sentences, recipe))))
         if epoch % recipe.validation_frequency == 0 or epoch == recipe.num_epochs:
             result = measure(model.frame.eval(), judged, val)
-            metrics.append(dict(epoch=epoch, score=result["mean"]) | result)
+            metrics.append(dict(epoch=epoch, score=result["mean"]) | result | dict(missing_train=train.left_out["pictures"]))
             if metrics[-1] is best_of(metrics): keep(model, folder, recipe, metrics[-1], released)
         for name, rows in tables.items(): write_atomically(folder / name, pd.DataFrame(rows).to_csv(index=False).encode())
     return log, metrics

@@ -1,0 +1,116 @@
+"A run of cala-train, killed at twenty random moments and resumed after each, ends as if nothing had happened."
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from cala.commands import run_command
+from cala.scripts.train import main
+from cala.training import Trainer
+from small_runs import draw_small_world
+from small_runs import exit_code
+from small_runs import kept
+from small_runs import server
+from small_runs import train_flags
+
+EPOCHS = 4
+
+
+# A moment of a run is a call of a function, Python's or C's, by its number: the same in every run of the same seed.
+
+def of_any_kind(event, function): return event in ("call", "c_call")
+
+
+def of_the_disk(event, function):
+    "Open, write, flush, sync, rename, remove ..."
+    return event == "c_call" and (function.__module__ in ("posix", "_io") or isinstance(getattr(function, "__self__", None), io.IOBase))
+
+
+PLACES = {  # where a kill may fall: the method of Trainer that is at work, and which of its calls count
+    "in a step": ("step", of_any_kind),
+    "in a validation": ("validate", of_any_kind),
+    "while saving": ("save", of_any_kind),
+    "while saving, at the disk": ("save", of_the_disk),
+}
+
+
+def number_calls(method, kinds, calls, fatal=None):
+    "While Trainer's `method` is at work, count the calls of each kind; at the one that is `fatal` this process is no more."
+    original = getattr(Trainer, method)
+    def tick(frame, event, function):
+        for place, counts in kinds.items():
+            if counts(event, function): calls[place] += 1
+            if calls[place] == fatal: os.kill(os.getpid(), signal.SIGKILL)
+    def watched(self, *args):
+        sys.setprofile(tick)
+        try: return original(self, *args)
+        finally: sys.setprofile(None)
+    setattr(Trainer, method, watched)
+
+
+def run(words, said, places=(), fatal=None):
+    "In a process of its own: the command, until it ends or is killed; what it says goes to a file."
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes, and would outlive one that is killed
+    calls = dict.fromkeys(places, 0)
+    for method in {PLACES[place][0] for place in places}:
+        number_calls(method, {place: PLACES[place][1] for place in places if PLACES[place][0] == method}, calls, fatal)
+    with open(said, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        run_command(main, words, prog="cala-train")
+        print(json.dumps(calls))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+
+
+def ended(server, *args): return exit_code(server.Process(target=run, args=args))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory, server):
+    "What a run leaves that nothing happens to, and how many calls each place has."
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert ended(server, train_flags(world, folder / "run", epochs=EPOCHS), folder / "said", list(PLACES)) == 0, (folder / "said").read_text()
+    return kept(folder / "run"), json.loads((folder / "said").read_text().splitlines()[-1])
+
+
+def resumed(words, folder):
+    "The same words, with --resume if an epoch was complete; if not, a person is told so, and starts again."
+    if not folder.exists(): return words
+    if any((folder / name).is_dir() for name in ("last", "last.old")): return [*words, "--resume", str(folder)]
+    shutil.rmtree(folder)
+    return words
+
+
+def one_run(server, words, folder, said, moments):
+    "Start, be killed at the first moment, resume, be killed at the next ... to the end: the deaths, each a moment and whether that life was a resumed one."
+    deaths = []
+    while True:
+        now, (place, fatal) = resumed(words, folder), moments[len(deaths)] if len(deaths) < len(moments) else ((), None)
+        status = ended(server, now, said, place and [place], fatal)
+        if status != -signal.SIGKILL: break
+        deaths.append((place, fatal, "--resume" in now))
+    assert status == 0, (deaths, said.read_text())
+    return deaths
+
+
+def test_a_run_killed_at_twenty_random_moments_and_resumed_after_each_ends_as_if_undisturbed(world, tmp_path, undisturbed, server):
+    expected, calls = undisturbed
+    draw, deaths = random.Random(0), []
+    moments = [(place, draw.randint(1, calls[place] // 2)) for place in [*PLACES] * 5]  # within the two epochs after its start, of four
+    draw.shuffle(moments)
+    while len(deaths) < len(moments):  # a run that reaches its end before the next moment leaves it to another run
+        folder = tmp_path / f"run-{len(deaths)}"
+        deaths += one_run(server, train_flags(world, folder, epochs=EPOCHS), folder, tmp_path / "said", moments[len(deaths):])
+        assert kept(folder) == expected, deaths
+    assert {(place, again) for place, _, again in deaths} >= {(place, True) for place in PLACES}
