@@ -6,8 +6,8 @@
 __all__ = ['GREY', 'BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'PALETTE', 'DASHES', 'INKED', 'STYLE', 'LOSSES',
            'style', 'small_png', 'Page', 'show_triplets', 'show_triplet', 'Ranking', 'draw_rankings', 'show_ranking',
            'show_rankings', 'recall_curve', 'loss_curves', 'edit_kinds', 'wilson', 'per_kind_recall', 'failures',
-           'show_failures', 'Movable', 'TripletBrowser', 'gallery_features', 'QueryExplorer', 'PictureButton',
-           'sparkline', 'TrainingPanel']
+           'show_failures', 'Movable', 'html_image', 'TripletBrowser', 'gallery_features', 'QueryExplorer',
+           'PictureButton', 'sparkline', 'TrainingPanel']
 
 # %% ../nbs/14_show.ipynb #cd2bee2b
 import math
@@ -483,8 +483,11 @@ class Movable:
     def _repr_mimebundle_(self, **kwargs):
         return self.widget._repr_mimebundle_() | _bundle(self, self.figure())
 
-# %% ../nbs/14_show.ipynb #f02628ba
-def _html(fig, alt):
+# %% ../nbs/14_show.ipynb #8d19de96
+def html_image(
+    fig,       # a matplotlib Figure
+    alt: str,  # what it shows, for those who do not see it
+) -> str:
     "A figure as an HTML image."
     return f'<img src="data:image/png;base64,{b64encode(small_png(fig)).decode()}" alt="{escape(alt, quote=True)}" style="max-width:100%">'
 
@@ -544,13 +547,13 @@ def _parts(self: TripletBrowser):
     self.back, self.on = ipywidgets.Button(description="previous"), ipywidgets.Button(description="next")
     self.count, self.card = ipywidgets.Label(), ipywidgets.HTML()
 
-# %% ../nbs/14_show.ipynb #5d4729f1
+# %% ../nbs/14_show.ipynb #bacb34ee
 @patch
 def _draw(self: TripletBrowser):
     "Bring card and count up to date."
     current = self.dataset.triplets[self.found[self.at]] if self.found else None
     self.count.value = f"{self.at + 1} of {len(self.found)}" if current else "none"
-    self.card.value = _html(self.figure(), _sentence(current) if current else "nothing found")
+    self.card.value = html_image(self.figure(), _sentence(current) if current else "nothing found")
 
 # %% ../nbs/14_show.ipynb #da26fd22
 @patch
@@ -774,14 +777,14 @@ def _build(self: TrainingPanel):
     if self.rows or self.validations: self._fill()
     return ipywidgets.VBox(self.parts)
 
-# %% ../nbs/14_show.ipynb #68a7f0af
+# %% ../nbs/14_show.ipynb #54544fc2
 @patch
 def _fill(self: TrainingPanel):
     "Bring the widget up to date."
     progress, line, curves, examples = self.parts
     if self.rows: progress.value = min(progress.max, int(self.rows[-1].get("step", 0)))
-    line.value, curves.value = escape(self.line()), _html(self.figure(), "training curves")
-    if self.examples is not None: examples.value = _html(self.examples, "examples")
+    line.value, curves.value = escape(self.line()), html_image(self.figure(), "training curves")
+    if self.examples is not None: examples.value = html_image(self.examples, "examples")
 
 # %% ../nbs/14_show.ipynb #b56a6014
 @patch
