@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'PALETTE', 'DASHES', 'INKED', 'STYLE', 'LOSSES',
-           'style', 'small_png', 'Page', 'show_triplets', 'show_triplet', 'Ranking', 'draw_rankings', 'show_ranking',
-           'show_rankings', 'recall_curve', 'loss_curves', 'edit_kinds', 'wilson', 'per_kind_recall', 'failures',
-           'show_failures', 'Movable', 'TripletBrowser', 'gallery_features', 'QueryExplorer', 'PictureButton',
-           'sparkline', 'TrainingPanel']
+           'style', 'small_png', 'Page', 'show_triplets', 'show_triplet', 'Ranking', 'draw_rankings', 'show_pictures',
+           'show_ranking', 'show_rankings', 'recall_curve', 'loss_curves', 'edit_kinds', 'wilson', 'per_kind_recall',
+           'failures', 'show_failures', 'Movable', 'html_image', 'TripletBrowser', 'gallery_features', 'QueryExplorer',
+           'association_votes', 'joint_scores', 'PictureButton', 'sparkline', 'TrainingPanel']
 
-# %% ../nbs/14_show.ipynb #cd2bee2b
+# %% ../nbs/14_show.ipynb #b682c6b4
 import math
 import textwrap
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property
+from functools import partial
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +34,7 @@ from PIL import Image
 
 from .commands import CalaError
 from .data import read_json
+from .objectives import association_logits
 from .retrieval import evaluating
 from .retrieval import recalls
 from .retrieval import sections
@@ -237,6 +239,22 @@ def draw_rankings(
     widths = [1, 1.5] + [1] * k + [0.15, 1] * any(_missed(ranking, k) for ranking in rankings)
     page, axes = _boxes(widths, len(rankings), 1, below=0.55)
     for row, ranking in zip(axes, rankings): _place_ranking(row, gallery, ranking, k)
+    return page.saved(save)
+
+# %% ../nbs/14_show.ipynb #91d1ca53
+def show_pictures(
+    pictures: list,       # PIL
+    labels: list = None,  # a line under each
+    frames: list = None,  # colour of each one's frame; None for a thin grey one
+    columns: int = 6,     # pictures a row
+    save=None,            # path .png or .svg
+) -> Figure:
+    "Pictures in rows, each with its label."
+    labels, frames = labels or [""] * len(pictures), frames or [None] * len(pictures)
+    columns = min(columns, len(pictures))
+    if not pictures: raise CalaError("no pictures to show")
+    page, axes = _boxes([1] * columns, -(-len(pictures) // columns), 1, below=0.4 if any(labels) else 0.1)
+    for ax, *what in zip(sum(axes, []), pictures, ("\n".join(_lines(label, 1.05, 8, 2)) for label in labels), frames, strict=False): _place_picture(ax, *what)
     return page.saved(save)
 
 # %% ../nbs/14_show.ipynb #d6ea8e43
@@ -483,8 +501,11 @@ class Movable:
     def _repr_mimebundle_(self, **kwargs):
         return self.widget._repr_mimebundle_() | _bundle(self, self.figure())
 
-# %% ../nbs/14_show.ipynb #f02628ba
-def _html(fig, alt):
+# %% ../nbs/14_show.ipynb #8d19de96
+def html_image(
+    fig,       # a matplotlib Figure
+    alt: str,  # what it shows, for those who do not see it
+) -> str:
     "A figure as an HTML image."
     return f'<img src="data:image/png;base64,{b64encode(small_png(fig)).decode()}" alt="{escape(alt, quote=True)}" style="max-width:100%">'
 
@@ -544,13 +565,13 @@ def _parts(self: TripletBrowser):
     self.back, self.on = ipywidgets.Button(description="previous"), ipywidgets.Button(description="next")
     self.count, self.card = ipywidgets.Label(), ipywidgets.HTML()
 
-# %% ../nbs/14_show.ipynb #5d4729f1
+# %% ../nbs/14_show.ipynb #bacb34ee
 @patch
 def _draw(self: TripletBrowser):
     "Bring card and count up to date."
     current = self.dataset.triplets[self.found[self.at]] if self.found else None
     self.count.value = f"{self.at + 1} of {len(self.found)}" if current else "none"
-    self.card.value = _html(self.figure(), _sentence(current) if current else "nothing found")
+    self.card.value = html_image(self.figure(), _sentence(current) if current else "nothing found")
 
 # %% ../nbs/14_show.ipynb #da26fd22
 @patch
@@ -568,19 +589,22 @@ def _build(self: TripletBrowser):
     self._parts(); self._draw(); self._connect()
     return ipywidgets.VBox([ipywidgets.HBox([self.kind, self.text, self.back, self.on, self.count]), self.card])
 
-# %% ../nbs/14_show.ipynb #f97712a0
+# %% ../nbs/14_show.ipynb #a9fac340
 def gallery_features(
     model,                 # has embed_gallery
     dataset,               # CIRR or FashionIQ; its .pictures give tensors
     batch_size: int = 64,  # pictures at a time
 ) -> torch.Tensor:         # (N, d)
     "Features of every picture of the gallery."
+    return _over_gallery(model, dataset, batch_size, model.embed_gallery)
+
+def _over_gallery(model, dataset, batch_size, embed):
+    "What `embed` says of the gallery's pictures, some at a time."
     if not torch.is_tensor(dataset.pictures[0]): raise CalaError("the data set gives PIL pictures; open it with transform=model.backbone.transform()")
     device, parts = next(model.parameters()).device, torch.arange(len(dataset.gallery)).split(batch_size)
-    with evaluating(model):
-        return torch.cat([model.embed_gallery(torch.stack([dataset.pictures[i] for i in part.tolist()]).to(device)) for part in parts])
+    with evaluating(model): return torch.cat([embed(torch.stack([dataset.pictures[i] for i in part.tolist()]).to(device)) for part in parts])
 
-# %% ../nbs/14_show.ipynb #c6cc7195
+# %% ../nbs/14_show.ipynb #15d618ff
 class QueryExplorer(Movable):
     "Rank a gallery for any reference and any sentence, with one model or several."
     def __init__(self,
@@ -590,7 +614,8 @@ class QueryExplorer(Movable):
     ):
         self.models, self.dataset, self.k = models if isinstance(models, dict) else {"": models}, dataset, k
         self.features = {name: gallery_features(model, dataset) for name, model in self.models.items()}
-        self.reference, self.sentence, self.rankings = None, "", {}
+        self.reference, self.sentence, self.target, self.rankings = None, "", None, {}
+        self.added, self.tokens = set(), {}  # associations that vote, and what they need of the gallery
 
 # %% ../nbs/14_show.ipynb #6cdcd092
 @patch
@@ -603,19 +628,67 @@ def candidates(
     positions = torch.cat(inside).unique()
     return positions[positions != reference] if self.dataset.name == "CIRR" else positions
 
-# %% ../nbs/14_show.ipynb #c6bdd087
+# %% ../nbs/14_show.ipynb #9c4a3e33
+def association_votes(
+    model,                 # CaLa
+    picture,               # (1, 3, H, W) or tokens (1, N, w) of the reference
+    sentence: str,         # the modification text
+    targets,               # (n, L, d) image tokens of the gallery
+    which: set,            # TBIA, CTR or both
+) -> dict:                 # z_tbia and z_ctr, (n,) each, as far as asked for
+    "Logits of the associations for a query and every picture of a gallery."
+    join, V_r = partial(association_logits, normalise=model.normalise), model.tokens(picture)
+    F_r, F_c, found = model.backbone.query(V_r, [sentence]), model.backbone.text([sentence]), {}
+    each = lambda tokens: tokens.expand(len(targets), -1, -1)
+    if "TBIA" in which: found["z_tbia"] = join(model.hca(each(F_r.tokens), each(F_c.tokens), targets), F_r.feature, scale=model.tbia_scale)[:, 0]
+    if "CTR" in which: found["z_ctr"] = join(model.tac(each(model.backbone.image(V_r).tokens), targets), F_c.feature, scale=model.ctr_scale)[:, 0]
+    return found
+
+# %% ../nbs/14_show.ipynb #9f298f29
+def joint_scores(
+    model,        # CaLa
+    z_qtm,        # (n,) logits of matching
+    z_tbia=None,  # (n,), if TBIA votes
+    z_ctr=None,   # (n,), if CTR votes
+):                # (n,)
+    "What each picture would gain as the target: minus the objective's loss."
+    weight, log_p = model.config, lambda z: z.log_softmax(-1)
+    if weight["objective"] == "paper":
+        votes = ((weight["alpha"], z_tbia), (weight["beta"], z_ctr))
+        return log_p(z_qtm) + sum(w * log_p(z) for w, z in votes if z is not None)
+    z = z_qtm if z_ctr is None else weight["tac_weight"] * z_ctr + (1 - weight["tac_weight"]) * z_qtm
+    return log_p(z) if z_tbia is None else weight["hca_weight"] * log_p(z_tbia) + (1 - weight["hca_weight"]) * log_p(z)
+
+# %% ../nbs/14_show.ipynb #3dc72e5b
+@patch
+def held(
+    self: QueryExplorer,
+    name: str = None,  # of a model; None for all of them
+) -> set:              # of TBIA, CTR
+    "The associations that a model still holds."
+    models = self.models.values() if name is None else [self.models[name]]
+    return {said for model in models for said, part in dict(TBIA=getattr(model, "hca", None), CTR=getattr(model, "tac", None)).items() if part is not None}
+
+# %% ../nbs/14_show.ipynb #f0fb9ce6
+@patch
+def _scores(self: QueryExplorer, name, picture, sentence, rivals):
+    "Scores of the candidates (n,): the frame's, or with other associations those of the objective."
+    model, voting = self.models[name], self.added & self.held(name)
+    z_qtm = model.frame.scores(*model.embed_queries(picture, [sentence]), self.features[name])[0, rivals]
+    if not voting: return z_qtm.cpu()
+    if name not in self.tokens: self.tokens[name] = _over_gallery(model, self.dataset, 64, lambda x: model.backbone.image(model.tokens(x)).tokens)
+    return joint_scores(model, z_qtm, **association_votes(model, picture, sentence, self.tokens[name][rivals], voting)).cpu()
+
 @patch
 def _rank(self: QueryExplorer, name, reference, sentence, target):
     "The ranking of one model for one query."
-    model, gallery, rivals = self.models[name], self.features[name], self.candidates(reference)
-    with evaluating(model):
-        picture = self.dataset.pictures[reference][None].to(gallery.device)
-        scores = model.frame.scores(*model.embed_queries(picture, [sentence]), gallery)[0].cpu()
-    order = rivals[scores[rivals].argsort(descending=True)]
-    rank = None if target is None else 1 + int((scores[rivals] > scores[target]).sum())
-    return Ranking(reference, sentence, order, scores[order].tolist(), target, rank, name)
+    model, rivals = self.models[name], self.candidates(reference)
+    with evaluating(model): scores = self._scores(name, self.dataset.pictures[reference][None].to(self.features[name].device), sentence, rivals)
+    best, own = scores.argsort(descending=True), scores[rivals == (-1 if target is None else target)]
+    rank = 1 + int((scores > own).sum()) if len(own) else None
+    return Ranking(reference, sentence, rivals[best], scores[best].tolist(), target, rank, name)
 
-# %% ../nbs/14_show.ipynb #8b191e3a
+# %% ../nbs/14_show.ipynb #ca419af1
 @patch
 def ask(
     self: QueryExplorer,
@@ -624,9 +697,22 @@ def ask(
     target: int = None,  # gallery position, if it is known
 ) -> dict:               # {name of the model: Ranking}
     "Rank the gallery for a query."
-    self.reference, self.sentence = int(reference), sentence
+    self.reference, self.sentence, self.target = int(reference), sentence, target
     self.rankings = {name: self._rank(name, self.reference, sentence, target) for name in self.models}
     return self.rankings
+
+# %% ../nbs/14_show.ipynb #025fef2a
+@patch
+def add(
+    self: QueryExplorer,
+    *associations: str,  # TBIA, CTR; none of them is retrieval as it is
+) -> dict:               # {name of the model: Ranking}
+    "Let these associations vote along with matching, and no other."
+    absent = set(associations) - self.held()
+    if absent: raise CalaError(f"no model here holds {', '.join(sorted(absent))}; load a checkpoint trained with it")
+    self.added = set(associations)
+    if not self.rankings: return self.pick(0)
+    return self.ask(self.reference, self.sentence, self.target)
 
 # %% ../nbs/14_show.ipynb #9b198c04
 @patch
@@ -685,13 +771,14 @@ def _fill_row(cells, title, gallery, ranking):
         cell.show(gallery, position, f"{n + 1} · {score:.3g}" + " · target" * found, VERMILION if found else None)
     title.value = ranking.note + f" (rank of the target: {ranking.rank})" * (ranking.rank is not None)
 
-# %% ../nbs/14_show.ipynb #faaff915
+# %% ../nbs/14_show.ipynb #13bc5a34
 @patch
 def _parts(self: QueryExplorer):
     "The controls and the pictures."
     if not self.rankings: self.pick(0)
     self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
     self.words = ipywidgets.Text(self.sentence, description="sentence", continuous_update=False, layout=ipywidgets.Layout(width="36em"))
+    self.voters = {name: ipywidgets.Checkbox(description=f"{name} votes", disabled=name not in self.held(), indent=False, layout=ipywidgets.Layout(width="9em")) for name in ("TBIA", "CTR")}
     take = lambda position: (self.ask(position, self.words.value), self._draw())
     self.question, self.titles = PictureButton(take), {name: ipywidgets.Label() for name in self.models}
     self.answers = {name: [PictureButton(take) for _ in range(self.k)] for name in self.models}
@@ -703,22 +790,24 @@ def _draw(self: QueryExplorer):
     self.question.show(self.dataset.gallery, self.reference, "reference", BLUE)
     for name, cells in self.answers.items(): _fill_row(cells, self.titles[name], self.dataset.gallery, self.rankings[name])
 
-# %% ../nbs/14_show.ipynb #c22bd3e3
+# %% ../nbs/14_show.ipynb #1c85f7d0
 @patch
 def _connect(self: QueryExplorer):
     "What the controls do."
     def chosen(change): self.pick(change["new"]); self.words.value = self.sentence; self._draw()
     def typed(change):
         if change["new"] != self.sentence: self.ask(self.reference, change["new"]); self._draw()
+    def voted(_): self.add(*(name for name, box in self.voters.items() if box.value)); self._draw()
     self.number.observe(chosen, "value"); self.words.observe(typed, "value")
+    for box in self.voters.values(): box.observe(voted, "value")
 
-# %% ../nbs/14_show.ipynb #904914b0
+# %% ../nbs/14_show.ipynb #b0fea74b
 @patch
 def _build(self: QueryExplorer):
     "A triplet slider, a sentence, the reference, and a row of clickable pictures a model."
     self._parts(); self._draw(); self._connect()
     rows = [ipywidgets.VBox([self.titles[name], ipywidgets.HBox([cell.box for cell in cells])]) for name, cells in self.answers.items()]
-    return ipywidgets.VBox([self.number, self.words, ipywidgets.HBox([self.question.box, ipywidgets.VBox(rows)])])
+    return ipywidgets.VBox([self.number, self.words, ipywidgets.HBox(list(self.voters.values())), ipywidgets.HBox([self.question.box, ipywidgets.VBox(rows)])])
 
 # %% ../nbs/14_show.ipynb #2e83eb10
 def sparkline(
@@ -774,14 +863,14 @@ def _build(self: TrainingPanel):
     if self.rows or self.validations: self._fill()
     return ipywidgets.VBox(self.parts)
 
-# %% ../nbs/14_show.ipynb #68a7f0af
+# %% ../nbs/14_show.ipynb #54544fc2
 @patch
 def _fill(self: TrainingPanel):
     "Bring the widget up to date."
     progress, line, curves, examples = self.parts
     if self.rows: progress.value = min(progress.max, int(self.rows[-1].get("step", 0)))
-    line.value, curves.value = escape(self.line()), _html(self.figure(), "training curves")
-    if self.examples is not None: examples.value = _html(self.examples, "examples")
+    line.value, curves.value = escape(self.line()), html_image(self.figure(), "training curves")
+    if self.examples is not None: examples.value = html_image(self.examples, "examples")
 
 # %% ../nbs/14_show.ipynb #b56a6014
 @patch

@@ -1,0 +1,196 @@
+"cala-search as a shell runs it: right answers, an index that is never stale and never lost, nothing left out silently, one line for a mistake."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+from cala.commands import run_command
+from cala.data import CIRR
+from cala.encoders import make_backbone, read_vocabulary
+from cala.model import CaLa, save_checkpoint
+from cala.scripts import search
+from cala.worlds import draw_cirr
+
+QUESTION = ["--reference", "a/00.png", "--sentence", "make the star red"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "Twelve drawn pictures in two folders, and two untrained checkpoints of different weights."
+    root = tmp_path_factory.mktemp("search")
+    data = CIRR(draw_cirr(root / "data", train=1, val=2, test1=1, size=48), "val")
+    words = read_vocabulary([t.captions[0] for t in data.triplets])
+    for seed, name, frame in ((0, "sum", "sum"), (1, "artemis", "artemis")):
+        torch.manual_seed(seed)
+        save_checkpoint(CaLa(make_backbone("tiny", vocabulary=words, width=32, heads=2, layers=2, seed=seed), cir_frame=frame), root / name)
+    for n, path in enumerate(data.gallery.paths):
+        folder = root / "photos" / "ab"[n // 6]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"{n:02d}.png")
+    return root
+
+
+@pytest.fixture
+def photos(made, tmp_path): return shutil.copytree(made / "photos", tmp_path / "photos")
+
+
+@pytest.fixture
+def run(made, photos, capsys):
+    def run(*words, model="sum"):
+        status, words = 0, ["--pictures", photos, "--checkpoint", made / model, "--device", "cpu", *words]
+        try: run_command(search.main.__wrapped__, [str(word) for word in words], prog="cala-search")
+        except SystemExit as end: status = end.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+    return run
+
+
+def names(out): return [hit["name"] for hit in json.loads(out)["hits"]]
+
+
+def test_as_a_module_it_prints_a_table_on_standard_output_and_the_rest_elsewhere(made, photos):
+    done = subprocess.run([sys.executable, "-m", "cala.scripts.search", "--pictures", photos, "--checkpoint", made / "sum", *QUESTION, "--k", "3"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0].split() == ["rank", "score", "name"] and len(lines) == 4
+    assert "12 pictures in" in done.stderr and "12 new" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("model", ["sum", "artemis"])
+def test_the_answers_are_those_of_the_model_in_its_order(made, photos, run, model):
+    status, out, _ = run(*QUESTION, "--k", "50", "--json", model=model)
+    cala, data = search.build_model(search.ModelFlags(checkpoint=str(made / model))), sorted(p for p in photos.rglob("*.png"))
+    transform = cala.backbone.transform("targetpad", 1.25)
+    x = torch.stack([transform(Image.open(path).convert("RGB")) for path in data])
+    with torch.no_grad(): scores = cala.frame.scores(*cala.embed_queries(x[:1], ["make the star red"]), cala.embed_gallery(x))[0]
+    order = [n for n in scores.argsort(descending=True).tolist() if n != 0]
+    assert status == 0 and len(names(out)) == 11 and "a/00.png" not in names(out)   # all but the reference
+    found = [hit["score"] for hit in json.loads(out)["hits"]]
+    torch.testing.assert_close(torch.tensor(found), scores[order], rtol=1e-3, atol=1e-3)
+
+
+def test_a_clip_tower_can_be_asked_too(photos, capsys):
+    words = ["--pictures", photos, "--clip-model-name", "RN50", "--random-weights", "small", *QUESTION, "--json", "--device", "cpu"]
+    hits = run_command(search.main.__wrapped__, [str(word) for word in words], prog="cala-search")
+    assert [hit.rank for hit in hits] == list(range(1, 11)) and len(names(capsys.readouterr().out)) == 10
+
+
+def test_pictures_that_come_change_and_go_are_noticed_and_others_not_embedded_again(photos, run, monkeypatch):
+    embedded = []
+    real = search.embed_pictures
+    monkeypatch.setattr(search, "embed_pictures", lambda model, pictures, **how: (embedded.extend(pictures.names), real(model, pictures, **how))[1])
+    run()
+    assert len(embedded) == 12 and embedded.clear() is None
+    shutil.copy(photos / "a/01.png", photos / "b/new.png"); (photos / "a/02.png").unlink()
+    Image.new("RGB", (48, 48), "red").save(photos / "a/03.png"); os.utime(photos / "a/04.png")
+    status, out, err = run(*QUESTION, "--k", "50", "--json")
+    assert "1 new, 1 changed, 1 gone" in err and embedded == ["a/03.png", "b/new.png"]
+    assert "b/new.png" in names(out) and "a/02.png" not in names(out) and len(names(out)) == 11
+    assert "nothing has changed" in run()[2]
+
+
+def test_a_picture_that_cannot_be_read_is_named_every_time_and_tried_again_when_it_changes(photos, run):
+    (photos / "torn.png").write_bytes((photos / "a/01.png").read_bytes()[:60]); (photos / "empty.jpg").touch()
+    (photos / "nowhere.png").symlink_to(photos / "gone.png")
+    for _ in range(2):
+        status, out, err = run(*QUESTION, "--json")
+        assert status == 0 and json.loads(out)["left_out"] == ["empty.jpg", "nowhere.png", "torn.png"]
+        assert all(err.count(f"left out: {photos / name}") == 1 for name in json.loads(out)["left_out"])
+    shutil.copy(photos / "a/01.png", photos / "torn.png")
+    assert json.loads(run(*QUESTION, "--json")[1])["left_out"] == ["empty.jpg", "nowhere.png"]
+
+
+def test_a_kill_between_two_parts_loses_no_more_than_the_second(made, photos, run, monkeypatch):
+    real, write = search.embed_pictures, search.Index.write
+    monkeypatch.setattr(search, "embed_pictures", lambda *given, **how: real(*given, **how | dict(batch_size=4, a_part=4)))
+    def stop(index):
+        write(index)
+        if len(index.parts) == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(search.Index, "write", stop)
+    assert run()[0] == 130
+    monkeypatch.setattr(search.Index, "write", write)
+    status, out, err = run(*QUESTION, "--json")
+    assert status == 0 and "12 pictures" in err and "4 new" in err
+    whole = names(out)
+    assert whole == names(run(*QUESTION, "--json", "--index", photos.parent / "other")[1])
+
+
+def test_an_index_of_other_weights_or_a_damaged_one_is_refused_until_it_is_made_anew(photos, run):
+    run()
+    status, out, err = run(*QUESTION, model="artemis")
+    assert status == 2 and "made with another backbone" in err and "--rebuild" in err
+    status, out, err = run(*QUESTION, "--transform", "squarepad")
+    assert status == 2 and "made with another transform" in err
+    part = next((photos / ".cala_search").glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"\x7f")
+    status, out, err = run(*QUESTION)
+    assert status == 2 and f"{part} is damaged" in err and "Traceback" not in err
+    assert run(*QUESTION, "--rebuild")[0] == 0
+    for content in ("", "[]", '{"made_by": {}, "parts": {"x": [3]}, "broken": {}}', '{"made_by": 1, "parts": 2, "broken": 3}'):
+        (photos / ".cala_search/index.json").write_text(content)
+        status, out, err = run(*QUESTION)
+        assert status == 2 and "index.json is damaged" in err, content
+
+
+def test_a_part_is_never_looked_for_outside_the_index(photos, run, tmp_path):
+    run()
+    file = photos / ".cala_search/index.json"
+    said = json.loads(file.read_text())
+    said["parts"] = {"../../elsewhere.safetensors": next(iter(said["parts"].values()))}
+    file.write_text(json.dumps(said))
+    assert run(*QUESTION)[0] == 2
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "html"])
+def test_a_grid_is_a_readable_file_of_its_kind(photos, run, tmp_path, ending):
+    odd = photos / "b" / "<i> & ümläut $1 $2.png"
+    shutil.copy(photos / "b/07.png", odd)
+    path = tmp_path / "new" / f"grid.{ending}"
+    assert run(*QUESTION, "--k", "12", "--grid", path)[0] == 0
+    if ending == "png": assert Image.open(path).width > 500
+    elif ending == "svg": ElementTree.parse(path)
+    else: assert path.read_text("utf-8").count("<figure") == 13 and "&lt;i&gt; &amp; ümläut $1 $2.png" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--sentence", "red"], "needs both --reference and --sentence"),
+    (["--reference", "a/00.png", "--sentence", " "], "--sentence is empty"),
+    (["--reference", "none.png", "--sentence", "red"], "no picture none.png"),
+    ([*QUESTION, "--k", "0"], "--k 0"),
+    ([*QUESTION, "--grid", "x.pdf"], ".png, .svg or .html"),
+    (["--json"], "show answers"),
+    ([*QUESTION, "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    ([*QUESTION, "--pictures", "nowhere"], "no folder nowhere"),
+    ([*QUESTION, "--device", "abacus"], "--device abacus"),
+    (["--photos", "x"], "unrecognized arguments"),
+])
+def test_a_mistake_is_one_line_and_status_2(words, says, run, photos):
+    status, out, err = run(*words)
+    assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_folder_without_pictures_and_one_that_holds_only_the_reference(run, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, out, err = run("--pictures", tmp_path / "empty", "--reference", photos / "a/00.png", "--sentence", "red")
+    assert status == 2 and "no pictures below" in err
+    shutil.copy(photos / "a/00.png", tmp_path / "empty")
+    status, out, err = run("--pictures", tmp_path / "empty", "--reference", "00.png", "--sentence", "red")
+    assert status == 2 and "none but the reference" in err
+
+
+def test_names_that_are_no_text_are_searched_and_shown(run, photos):
+    try: shutil.copy(photos / "a/01.png", os.fsencode(photos) + b"/\xff.png")
+    except OSError: pytest.skip("this file system takes text only")
+    assert run(*QUESTION, "--k", "50")[0] == 0
+    assert "\udcff.png" in names(run(*QUESTION, "--k", "50", "--json")[1])
+
+
+def test_an_index_that_cannot_be_written_says_what_to_do(run, photos):
+    status, out, err = run("--index", photos / "a/00.png")
+    assert status == 2 and "cannot write" in err and "--index" in err and len(err.splitlines()) == 1
