@@ -54,7 +54,9 @@ def judged(world, checkpoint, *more):
     return run_command(validate.main, [str(word) for word in words], prog="cala-validate")
 
 
-def reached(row): return {key: value for key, value in row.items() if key not in ("epoch", "score", "missing_train")}
+def reached(row):
+    "What both commands measure; without `ties`, which a random tower decides in the last bit and batches are cut differently."
+    return {key: value for key, value in row.items() if key not in ("epoch", "score", "missing_train", "ties")}
 
 
 @pytest.mark.parametrize("encoder", MODES)
@@ -70,7 +72,7 @@ def test_two_steps_a_checkpoint_and_the_same_metrics_again(world, tmp_path, star
     assert parts == BACKBONES[arch][1][encoder] | {"hca", "tac"} | ({"frame"} if frame != "sum" else set())
 
     found = judged(world, tmp_path / "run/best", "--batch-size", DATASETS[dataset])[frame]
-    assert found == reached(done.metrics[-1]) and 0 < found["recall_at10"] < 100
+    assert reached(found) == reached(done.metrics[-1]) and 0 < found["recall_at10"] < 100
 
 
 @pytest.mark.parametrize("arch", ["blip2", "clip"])
