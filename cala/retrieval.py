@@ -266,7 +266,7 @@ class Embedded(NamedTuple):
     reference: Tensor  # (Q, d) features of the references, read with their texts
     text: Tensor       # (Q, d) text features
 
-# %% ../nbs/11_retrieval.ipynb #bd250dd9
+# %% ../nbs/11_retrieval.ipynb #5185cb76
 def embed(
     model: nn.Module,             # CaLa, or whatever has .tokens, .embed_gallery and .embed_queries
     dataset,                      # CIRR or FashionIQ, any split
@@ -281,9 +281,11 @@ def embed(
     device = torch.device(device) if device else next(model.parameters()).device
     references, captions = dataset.references.unique(), [dataset.caption(i) for i in range(len(dataset))]
     kept, bars = _Kept(references, keep), ("gallery", "queries") if progress else ("", "")
+    known = getattr(dataset, "target_pictures", None)  # constant features, and tokens of references: cala.features
+    pictures = dataset.pictures if known is None else dataset.pictures.tokens
     with evaluating(model.to(device)):
-        gallery = _embed_gallery(model, dataset.pictures, kept, batch_size, device, workers, bars[0])
-        again = (_batches(Subset(dataset.pictures, references.tolist()), batch_size, device, workers, bars[1]) if kept.tokens is None
+        gallery = _embed_gallery(model, pictures, kept, batch_size, device, workers, bars[0]) if known is None else known.features().to(device)
+        again = (_batches(Subset(pictures, references.tolist()), batch_size, device, workers, bars[1]) if kept.tokens is None
                  else (part.to(device) for part in kept.tokens.split(batch_size)))
         return Embedded(gallery, *_embed_queries(model, again, dataset.references, captions, batch_size))
 

@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'FACTORS', 'FRAME_FLAGS', 'COM
            'make_schedule', 'Run', 'takes', 'make_model', 'open_split', 'BatchSampler', 'make_loader', 'Trainer',
            'check_output', 'installed', 'comet', 'tensorboard', 'trackers', 'same_recipe', 'idle_epochs', 'train']
 
-# %% ../nbs/13_training.ipynb #ff3783b7
+# %% ../nbs/13_training.ipynb #d9773279
 import io
 import json
 import math
@@ -39,8 +39,10 @@ from .encoders import find_backbone
 from .encoders import make_backbone
 from .encoders import read_vocabulary
 from .encoders import shuffled_blocks
-from .features import cache_tokens
-from .features import use_cache
+from .features import CACHES
+from .features import CACHE_DTYPES
+from .features import cache_folder
+from .features import use_caches
 from .model import CaLa
 from .model import checkpoint_folder
 from .model import load_weights
@@ -49,7 +51,7 @@ from .model import save_checkpoint
 from .model import write_atomically
 from .retrieval import evaluate
 
-# %% ../nbs/13_training.ipynb #1a3ace56
+# %% ../nbs/13_training.ipynb #7fc74b07
 @dataclass
 class DataRecipe:
     "What is read."
@@ -61,8 +63,9 @@ class DataRecipe:
     target_ratio: float = 1.25       # target pad: pad only pictures longer than this
     num_workers: int = 0             # processes that decode pictures
     keep_pictures: bool = False      # hold decoded pictures in memory: small pictures, many epochs
-    cache: str = "off"               # off; tokens: the frozen trunk's tokens once per picture, on disk
-    cache_dir: str = None            # where token caches live; None: .cala_cache beside the data
+    cache: str = "off"               # off; tokens: the frozen trunk's tokens once per picture, on disk; auto: if they pay and fit, and constant targets too
+    cache_dir: str = None            # where caches live; None: .cala_cache beside the data
+    cache_dtype: str = "auto"        # of cached numbers: float16, float32; auto: what the trunk computes
     allow_missing: bool = False      # go on although pictures are missing; every result says how many
 
 # %% ../nbs/13_training.ipynb #b91e49f9
@@ -121,10 +124,10 @@ class KeepRecipe:
     comet_offline: str = None        # Comet: write an archive into this folder instead
     tensorboard: bool = False        # log for TensorBoard too, into the run's folder
 
-# %% ../nbs/13_training.ipynb #e7083d71
+# %% ../nbs/13_training.ipynb #88d997a2
 CHOICES = dict(dataset=["CIRR", "FashionIQ"], protocol=["original", "val"], encoder=["both", "multi", "text"],
                cir_frame=["sum", "artemis", "combiner"], objective=["released", "paper"], precision=["no", "bf16", "fp16"],
-               schedule=["cosine", "released", "constant"], cache=["off", "tokens"])
+               schedule=["cosine", "released", "constant"], cache=[*CACHES], cache_dtype=[*CACHE_DTYPES])
 POSITIVE = "batch_size", "num_epochs", "max_epoch", "validation_frequency", "target_ratio", "learning_rate", "neighbours"
 NOT_NEGATIVE = "num_workers", "seed", "weight_decay", "min_lr", "warmup"
 
@@ -372,18 +375,16 @@ def open(self: Trainer):
     try: self.output.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise CalaError(f"cannot make {self.output}: {error.strerror}; choose another --output") from error
 
-# %% ../nbs/13_training.ipynb #5656fc19
+# %% ../nbs/13_training.ipynb #63fcc495
 @patch
 def cache(
     self: Trainer,
     model: CaLa,  # its trunk makes the tokens
 ):
-    "Replace pictures by cached tokens if the recipe asks for it."
+    "Replace pictures by what is cached of them, if the recipe asks for it."
     recipe = self.recipe
-    if recipe.cache == "off": return
-    folder = Path(recipe.cache_dir or Path(recipe.data_root) / ".cala_cache")
-    for data in (self.data, *self.validation):
-        use_cache(data, cache_tokens(model.backbone.trunk, data.gallery, folder, num_workers=recipe.num_workers))
+    use_caches(model, [self.data, *self.validation], recipe.cache, cache_folder(recipe.cache_dir, recipe.data_root), recipe.num_epochs,
+               recipe.cache_dtype, num_workers=recipe.num_workers)
 
 # %% ../nbs/13_training.ipynb #1c2c2e1b
 @patch
@@ -496,8 +497,8 @@ def save(self: Trainer):
         if rows: write_atomically(self.output / name, pd.DataFrame(rows).to_csv(index=False).encode())
     if self.recipe.save_training: save_checkpoint(model, self.output / "last", recipe, latest, {"state.pt": self.state()})
 
-# %% ../nbs/13_training.ipynb #91cf6eb6
-MAY_DIFFER = {"resume", "output", "data_root", "cache", "cache_dir", "num_workers", "keep_pictures", "num_epochs", "api_key", "workspace",
+# %% ../nbs/13_training.ipynb #274bc406
+MAY_DIFFER = {"resume", "output", "data_root", "cache", "cache_dir", "cache_dtype", "num_workers", "keep_pictures", "num_epochs", "api_key", "workspace",
               "experiment_name", "comet_offline", "tensorboard", "backbone_weights", "tokenizer", "validation_frequency"}
 
 def same_recipe(
