@@ -449,10 +449,11 @@ def locate(
     published = [Path(folder, found.paths[name] or f"images/{name}.jpg") for name in found.names]
     return [path if path.stem not in pictures or os.path.isfile(path) else Path(pictures[path.stem]) for path in published]
 
-# %% ../nbs/02_data.ipynb #a50864b1
+# %% ../nbs/02_data.ipynb #33f73784
 class Triplets(Dataset):
     "Triplets of one split and their gallery. Making one reads annotations and file names; no picture is opened."
     name, splits = "", ()
+    target_pictures = None  # where targets are read from, if not from `pictures`
 
     def _fill(self, split, triplets, gallery, seed):
         self.split, self.triplets, self.gallery, self.pictures, self.seed = split, triplets, gallery, gallery, seed
@@ -496,7 +497,7 @@ def require_pictures(self: Triplets,
     warnings.warn(f"{count} and left out, with {self.left_out['queries']:,} triplets that need them", stacklevel=2)
     return self
 
-# %% ../nbs/02_data.ipynb #7abc430e
+# %% ../nbs/02_data.ipynb #8db99064
 @patch
 def caption(self: Triplets, i: int) -> str:
     "The text of triplet `i`."
@@ -506,7 +507,8 @@ def caption(self: Triplets, i: int) -> str:
 def __getitem__(self: Triplets, i: int) -> dict:
     if self.pictures is self.gallery: self.require_pictures()
     i = range(len(self))[int(i)]
-    target = None if self.targets is None else self.pictures[int(self.targets[i])]
+    of_targets = self.pictures if self.target_pictures is None else self.target_pictures
+    target = None if self.targets is None else of_targets[int(self.targets[i])]
     return dict(reference=self.pictures[int(self.references[i])], target=target, caption=self.caption(i), index=i,
                 names=(self.triplets[i].reference, self.triplets[i].target))
 

@@ -34,12 +34,14 @@ from .commands import CalaError
 from .data import image_transform
 from .qformer import QFormer
 
-# %% ../nbs/04_encoders.ipynb #9a64cda6
+# %% ../nbs/04_encoders.ipynb #fc3b2af4
 class Embedding(NamedTuple):
     "What an encoder says about a batch."
     tokens: torch.Tensor   # (B, L, d)
     feature: torch.Tensor  # (B, d), not normalised: frames and objectives do that where they need it
     mask: torch.Tensor     # (B, L) bool, True where a token is real
+
+    def to(self, *args, **kwargs): return Embedding(*(part.to(*args, **kwargs) for part in self))
 
 # %% ../nbs/04_encoders.ipynb #1f46a2ac
 class Backbone(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'RELEASED', 'Losses', 'diagonal_loss', 'implied', 'CaLa
            'checkpoint_folder', 'save_checkpoint', 'read_recipe', 'load_weights', 'load_checkpoint', 'read_released',
            'load_released']
 
-# %% ../nbs/10_model.ipynb #b8c3bc0b
+# %% ../nbs/10_model.ipynb #7cb17f2c
 import hashlib
 import json
 import os
@@ -34,6 +34,7 @@ from .composition import Combiner
 from .composition import make_frame
 from .composition import widened
 from .encoders import Backbone
+from .encoders import Embedding
 from .encoders import make_backbone
 from .encoders import own_code
 from .objectives import association_logits
@@ -118,15 +119,16 @@ def tokens(
     if x.ndim == 3: return x
     with torch.no_grad(): return self.backbone.trunk(x)
 
-# %% ../nbs/10_model.ipynb #e19c6934
+# %% ../nbs/10_model.ipynb #9f427bbd
 @patch
 def embed(
     self: CaLa,
-    reference: torch.Tensor, # (B, 3, H, W) or (B, N, w)
+    reference: torch.Tensor, # (B, 3, H, W) or (B, N, w); with `target` an Embedding: .tokens (B, N, w) and .image, its F'_r
     captions: list,          # B modification texts
-    target: torch.Tensor,    # (B, 3, H, W) or (B, N, w)
+    target: torch.Tensor,    # (B, 3, H, W) or (B, N, w), or F_t itself where it is constant and was kept
 ) -> tuple:                  # F_r, F_c, F_t and F'_r as Embeddings; F'_r is None without CTR
     "All embeddings that a training step needs."
+    if isinstance(target, Embedding): return self.backbone.query(reference.tokens, captions), self.backbone.text(captions), target, reference.image
     V_r, V_t = self.tokens(torch.cat([reference, target])).chunk(2)
     F_r, F_c = self.backbone.query(V_r, captions), self.backbone.text(captions)
     if self.tac is None: return F_r, F_c, self.backbone.image(V_t), None

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['GALLERY_AT', 'GROUP_AT', 'FASHION_AT', 'SUBMISSION_SIZES', 'SUBMISSION_BYTES', 'target_ranks', 'target_ties',
-           'group_ranks', 'recalls', 'cirr_metrics', 'fashioniq_metrics', 'score_rows', 'evaluating', 'Ranks',
-           'rank_queries', 'Top', 'top_k', 'Embedded', 'embed', 'Section', 'sections', 'rank_section', 'Result',
-           'chance', 'measure', 'image_only', 'text_only', 'evaluate', 'submittable', 'submission_faults',
+           'group_ranks', 'recalls', 'cirr_metrics', 'fashioniq_metrics', 'Tiles', 'evaluating', 'Ranks',
+           'rank_queries', 'Top', 'top_k', 'FaissGallery', 'Embedded', 'embed', 'Section', 'sections', 'rank_section',
+           'Result', 'chance', 'measure', 'image_only', 'text_only', 'evaluate', 'submittable', 'submission_faults',
            'check_cirr_submission', 'write_cirr_submission']
 
-# %% ../nbs/11_retrieval.ipynb #b84c91bd
+# %% ../nbs/11_retrieval.ipynb #98d81649
 import json
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,15 +29,17 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from .commands import CalaError
+from .composition import Combiner
 from .composition import Sum
+from .composition import cosine_logits
 from .model import write_atomically
 
-# %% ../nbs/11_retrieval.ipynb #f6bf088a
-def _count(scores, compare, bar):
-    "How many of each row (Q, N) are above (`torch.gt`) or not below (`torch.ge`) its bar (Q,): (Q,) long."
-    rows = max(1, 2**20 // max(1, scores.shape[1]))
-    parts = zip(scores.split(rows), bar[:, None].split(rows))
-    return torch.cat([compare(s, b).sum(1, dtype=torch.int32) for s, b in parts]).long()
+# %% ../nbs/11_retrieval.ipynb #dc966ad4
+def _tally(scores, bar):
+    "How many of each row (Q, N) are above its bar (Q,), and how many equal it: (Q,) long each."
+    rows = max(1, 2**18 // max(1, scores.shape[1]))
+    parts = [[(compare(s, b)).sum(1, dtype=torch.int32) for compare in (torch.gt, torch.eq)] for s, b in zip(scores.split(rows), bar[:, None].split(rows))]
+    return [torch.cat(part).long() for part in zip(*parts)]
 
 # %% ../nbs/11_retrieval.ipynb #f8daf74d
 def _checked(scores, *positions):
@@ -47,7 +51,7 @@ def _checked(scores, *positions):
         if p is not None and len(p) != len(scores): raise ValueError(f"{len(scores)} rows of scores, but {len(p)} positions")
     return [p if p is None else p.to(scores.device) for p in positions]
 
-# %% ../nbs/11_retrieval.ipynb #f55f56e3
+# %% ../nbs/11_retrieval.ipynb #a017e57f
 def target_ranks(
     scores: Tensor,          # (Q, N), higher is better
     targets: Tensor,         # (Q,) gallery positions
@@ -56,11 +60,11 @@ def target_ranks(
     "The rank of each target: one more than the number of scores strictly above its own. NaN raises `CalaError`."
     targets, exclude = _checked(scores, targets, exclude)
     bar = scores.gather(1, targets[:, None])[:, 0]
-    above = _count(scores, torch.gt, bar)
+    above, _ = _tally(scores, bar)
     if exclude is not None: above -= (scores.gather(1, exclude[:, None])[:, 0] > bar).long()
     return above + 1
 
-# %% ../nbs/11_retrieval.ipynb #7feacc7f
+# %% ../nbs/11_retrieval.ipynb #6c9dd6da
 def target_ties(
     scores: Tensor,          # (Q, N)
     targets: Tensor,         # (Q,) gallery positions
@@ -69,7 +73,7 @@ def target_ties(
     "How many other pictures score exactly what the target scores: rank + ties is its rank if every tie were lost."
     targets, exclude = _checked(scores, targets, exclude)
     bar = scores.gather(1, targets[:, None])[:, 0]
-    level = _count(scores, torch.ge, bar) - _count(scores, torch.gt, bar) - 1
+    level = _tally(scores, bar)[1] - 1
     if exclude is None: return level
     return level - ((scores.gather(1, exclude[:, None])[:, 0] == bar) & (exclude != targets)).long()
 
@@ -118,30 +122,53 @@ def fashioniq_metrics(
     "The two recalls of FashionIQ, for one category."
     return recalls(target_ranks(scores, targets), FASHION_AT)
 
-# %% ../nbs/11_retrieval.ipynb #67f40121
-def _fill(frame, reference, text, gallery, buffer, block):
-    "Scores of some queries against the whole gallery, `block` pictures at a time, into the buffer (q, N)."
-    for j in range(0, len(gallery), block):
-        buffer[:, j:j + block] = frame.scores(reference, text, torch.as_tensor(gallery[j:j + block]).to(reference.device))
-    return buffer
+# %% ../nbs/11_retrieval.ipynb #0871f3d2
+def _block(gallery, first, size, device):
+    "Pictures `first` to `first + size` of a tensor, or of an array on disk, on the device."
+    part = gallery[first:first + size]
+    return (part if isinstance(part, Tensor) else torch.tensor(np.asarray(part))).to(device)
 
-# %% ../nbs/11_retrieval.ipynb #2d71a4fc
-def score_rows(
-    frame,                # has .scores(reference, text, targets)
-    reference: Tensor,    # (Q, d); scoring happens where it lies
-    text: Tensor,         # (Q, d)
-    gallery,              # (N, d) tensor, or an array on disk
-    held: int = 2**26,    # scores in memory at once
-    block: int = 2**13,   # pictures at a time
-) -> Iterator[tuple[slice, Tensor]]:  # which queries, and their scores (q, N), valid until the next are asked for
-    "Each query against the whole gallery, some queries at a time."
-    rows = max(1, min(len(reference), held // max(1, len(gallery))))
-    wide, buffer = len(gallery) > block, None
-    for i in range(0, len(reference), rows):
-        at = slice(i, min(i + rows, len(reference)))
-        if not wide: yield at, frame.scores(reference[at], text[at], torch.as_tensor(gallery).to(reference.device)); continue
-        if buffer is None: buffer = reference.new_empty(rows, len(gallery), dtype=torch.promote_types(reference.dtype, torch.float32))
-        yield at, _fill(frame, reference[at], text[at], gallery, buffer[:at.stop - i], block)
+# %% ../nbs/11_retrieval.ipynb #123297ce
+def _cuts(queries, pictures, held):
+    "How many queries, and how many pictures, at a time."
+    if min(queries, 1024) * pictures <= held: return max(1, min(queries, held // max(1, pictures))), max(1, pictures)
+    rows = max(1, min(queries, 1024, int(held**.5)))
+    return rows, max(1, min(2**13, held // rows))
+
+# %% ../nbs/11_retrieval.ipynb #5b3413ea
+def _scorer(frame, reference, text):
+    "From a block of pictures (n, d) to the scores (q, n) of some queries."
+    if not isinstance(frame, (Sum, Combiner)): return lambda block: frame.scores(reference, text, block)
+    asked = frame.query(reference, text)
+    return lambda block: cosine_logits(asked, block, frame.scale)
+
+# %% ../nbs/11_retrieval.ipynb #3f739323
+class Tiles:
+    "Scores of some queries against a gallery, a block of pictures at a time: iterating gives (first picture, scores (q, n))."
+    def __init__(self, frame, reference, text, gallery, block):
+        self.score, self.gallery, self.block, self.device = _scorer(frame, reference, text), gallery, block, reference.device
+        self.starts, self.only = range(0, len(gallery), block), None
+
+    def tile(self, first):
+        if self.only is None or len(self.starts) > 1:
+            self.only = self.score(_block(self.gallery, first, self.block, self.device))
+            _checked(self.only)
+        return self.only
+
+    def __iter__(self): return ((first, self.tile(first)) for first in self.starts)
+
+# %% ../nbs/11_retrieval.ipynb #6a23e08a
+def _pick(found, wanted, first, scores):
+    "Put into `found` (q, m) those scores of a tile whose positions `wanted` (q, m) it holds."
+    row, column = ((wanted >= first) & (wanted < first + scores.shape[1])).nonzero(as_tuple=True)
+    found[row, column] = scores[row, wanted[row, column] - first].to(found.dtype)
+
+@patch
+def at(self: Tiles, wanted: Tensor) -> Tensor:
+    "The scores at positions (q, m), from the tiles that hold them and no others."
+    found = torch.empty(wanted.shape, device=self.device)
+    for first in sorted({int(p) // self.block * self.block for p in wanted.unique()}): _pick(found, wanted, first, self.tile(first))
+    return found
 
 # %% ../nbs/11_retrieval.ipynb #5dc09838
 @contextmanager
@@ -162,12 +189,27 @@ class Ranks(NamedTuple):
     ties: Tensor          # (Q,) long, other pictures with exactly the target's score
     group: Tensor = None  # (Q,) long, the rank within the group, where there are groups
 
-# %% ../nbs/11_retrieval.ipynb #6456780f
+# %% ../nbs/11_retrieval.ipynb #0e2df596
+def _rank_some(tiles, targets, exclude, groups):
+    "Ranks of some queries; positions are (q,), (q,) or None, (q, 6) or None."
+    others = [p for p in (None if exclude is None else exclude[:, None], groups) if p is not None]
+    wanted = torch.cat([targets[:, None], *others], 1)
+    bar, found, above, level = tiles.at(targets[:, None])[:, 0], torch.zeros(wanted.shape, device=wanted.device), 0, 0
+    for first, scores in tiles:
+        more, equal = _tally(scores, bar.to(scores.dtype))
+        above, level = above + more, level + equal
+        _pick(found, wanted, first, scores)
+    above, level = above - (found[:, 0] > bar).long(), level - (found[:, 0] == bar).long()
+    if exclude is not None: above, level = above - (found[:, 1] > bar).long(), level - ((found[:, 1] == bar) & (exclude != targets)).long()
+    if groups is None: return above + 1, level
+    return above + 1, level, 1 + ((found[:, 2:] > bar[:, None]) & (groups != exclude[:, None])).sum(1)
+
+# %% ../nbs/11_retrieval.ipynb #0cfeb8b2
 def rank_queries(
     frame: nn.Module,        # has .scores(reference, text, targets)
-    reference: Tensor,       # (Q, d)
+    reference: Tensor,       # (Q, d); scoring happens where it lies
     text: Tensor,            # (Q, d)
-    gallery,                 # (N, d)
+    gallery,                 # (N, d) tensor, or an array on disk
     targets: Tensor,         # (Q,) gallery positions
     exclude: Tensor = None,  # (Q,) gallery positions that never count; with groups, the references
     groups: Tensor = None,   # (Q, 6) gallery positions
@@ -175,14 +217,16 @@ def rank_queries(
 ) -> Ranks:
     "The rank of each target, without ever holding the (Q, N) table."
     if groups is not None and exclude is None: raise ValueError("groups need exclude: their references are left out")
-    parts = []
+    if groups is not None and not (groups == targets[:, None]).any(1).all(): raise CalaError("a target is not in its own group; check the annotations (img_set members)")
+    if hasattr(gallery, "search"): raise CalaError("a rank counts every picture, and an index only finds the nearest; give the features themselves")
+    rows, block = _cuts(len(reference), len(gallery), held)
+    order, parts = targets.argsort(stable=True), []
     with evaluating(frame):
-        for at, scores in score_rows(frame, reference, text, gallery, held):
-            left_out = None if exclude is None else exclude[at]
-            part = [target_ranks(scores, targets[at], left_out), target_ties(scores, targets[at], left_out)]
-            if groups is not None: part.append(group_ranks(scores, left_out, targets[at], groups[at]))
+        for some in order.split(rows):
+            tiles = Tiles(frame, *(x[some.to(x.device)] for x in (reference, text)), gallery, block)
+            part = _rank_some(tiles, *(None if p is None else p[some].to(reference.device) for p in (targets, exclude, groups)))
             parts.append([p.cpu() for p in part])
-    return Ranks(*(torch.cat(p) for p in zip(*parts)))
+    return Ranks(*(torch.cat(p)[order.argsort()] for p in zip(*parts)))
 
 # %% ../nbs/11_retrieval.ipynb #76883347
 class Top(NamedTuple):
@@ -190,31 +234,101 @@ class Top(NamedTuple):
     positions: Tensor  # (Q, k) gallery positions
     scores: Tensor     # (Q, k)
 
-# %% ../nbs/11_retrieval.ipynb #58fb8ca3
-def _best(scores, k, exclude=None, among=None):
-    "Positions and scores, (q, k) each, of the best k of some rows (q, N), which may be overwritten."
-    exclude, among = _checked(scores, exclude, among)
-    if exclude is not None: scores = scores.scatter_(1, exclude[:, None], float("-inf"))
-    if among is not None: scores = scores.gather(1, among)
-    best = scores.topk(min(k, scores.shape[1] - (exclude is not None)))
-    return [(best.indices if among is None else among.gather(1, best.indices)).cpu(), best.values.cpu()]
+# %% ../nbs/11_retrieval.ipynb #1eb16725
+def _best(best, first, scores, k, exclude=None):
+    "The best k (positions, scores) of some queries so far, `best`, and of one more tile, which may be overwritten."
+    if exclude is not None:
+        row = ((exclude >= first) & (exclude < first + scores.shape[1])).nonzero()[:, 0]
+        scores[row, exclude[row] - first] = float("-inf")
+    here = scores.topk(min(k, scores.shape[1]))
+    if best is None: return here.indices + first, here.values
+    positions, values = torch.cat([best[0], here.indices + first], 1), torch.cat([best[1], here.values], 1)
+    kept = values.topk(min(k, values.shape[1]))
+    return positions.gather(1, kept.indices), kept.values
 
-# %% ../nbs/11_retrieval.ipynb #1cd453b3
+# %% ../nbs/11_retrieval.ipynb #f06cb4e9
+def _top_some(tiles, k, exclude, among):
+    "Positions and scores, (q, k) each, of the best k for some queries."
+    best = None
+    if among is None:
+        for first, scores in tiles: best = _best(best, first, scores, k, exclude)
+        return [part[:, :len(tiles.gallery) - (exclude is not None)].cpu() for part in best]
+    scores = tiles.at(among)
+    if exclude is not None: scores = scores.masked_fill(among == exclude[:, None], float("-inf"))
+    kept = scores.topk(min(k, scores.shape[1] - (exclude is not None)))
+    return [among.gather(1, kept.indices).cpu(), kept.values.cpu()]
+
+# %% ../nbs/11_retrieval.ipynb #17562477
 def top_k(
     frame: nn.Module,        # has .scores(reference, text, targets)
     reference: Tensor,       # (Q, d)
     text: Tensor,            # (Q, d)
-    gallery,                 # (N, d)
+    gallery,                 # (N, d) tensor, an array on disk, or a `FaissGallery`
     k: int = 50,             # how many; fewer if the gallery has fewer
     exclude: Tensor = None,  # (Q,) gallery positions never chosen
     among: Tensor = None,    # (Q, m) gallery positions to choose from, instead of all
     held: int = 2**26,       # scores in memory at once
 ) -> Top:
     "The k best pictures for each query, without a full sort and without the (Q, N) table."
-    cut = lambda positions, at: None if positions is None else positions[at]
+    if hasattr(gallery, "search"): return gallery.search(frame, reference, text, k, exclude, among)
+    rows, block = _cuts(len(reference), len(gallery), held)
+    cut = lambda positions, at: None if positions is None else positions[at].to(reference.device)
     with evaluating(frame):
-        parts = [_best(scores, k, cut(exclude, at), cut(among, at)) for at, scores in score_rows(frame, reference, text, gallery, held)]
+        parts = [_top_some(Tiles(frame, reference[at], text[at], gallery, block), k, cut(exclude, at), cut(among, at))
+                 for at in (slice(i, i + rows) for i in range(0, len(reference), rows))]
     return Top(*(torch.cat(p) for p in zip(*parts)))
+
+# %% ../nbs/11_retrieval.ipynb #27ab4831
+def _faiss():
+    "The library, or a `CalaError` that says how to get it."
+    try: import faiss
+    except ImportError: raise CalaError("FAISS is not installed: pip install faiss-cpu; or give the features themselves, which is exact") from None
+    return faiss
+
+class FaissGallery:
+    "Gallery features (N, d) in a FAISS index, in the place of a tensor in `top_k`."
+    def __init__(self,
+        features,               # (N, d) tensor, or an array on disk
+        factory: str = "Flat",  # FAISS's word for an index: Flat (its IndexFlatIP) is exact, "IVF1024,Flat" looks into some of 1,024 cells
+        looks: int = 8,         # IVF: cells looked into for each query
+    ):
+        faiss, self.looks = _faiss(), looks
+        self.index = faiss.index_factory(features.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        unit = lambda first, size: F.normalize(_block(features, first, size, "cpu").float(), dim=-1).numpy()
+        if not self.index.is_trained: self.index.train(unit(0, 2**17))
+        for first in range(0, len(features), 2**13): self.index.add(unit(first, 2**13))
+
+    def __len__(self): return self.index.ntotal
+
+# %% ../nbs/11_retrieval.ipynb #7d359ab1
+@patch
+def search(self: FaissGallery, frame, reference: Tensor, text: Tensor, k: int, exclude: Tensor = None, among: Tensor = None) -> Top:
+    "The k best pictures for each query, as near as the index is exact."
+    if not isinstance(frame, (Sum, Combiner)): raise CalaError(f"{type(frame).__name__} scores are no inner product, which is all that FAISS compares; give the features themselves")
+    if among is not None: raise CalaError("an index cannot choose among given pictures; give the features themselves")
+    if hasattr(self.index, "nprobe"): self.index.nprobe = self.looks
+    with evaluating(frame): asked = F.normalize(frame.query(reference, text).float(), dim=-1).cpu().numpy()
+    wanted = min(len(self), k + (exclude is not None))
+    values, positions = (torch.from_numpy(part) for part in self.index.search(asked, wanted))
+    if exclude is not None:
+        last = (positions == exclude[:, None].cpu()).byte().sort(dim=1, stable=True).indices[:, :min(k, len(self) - 1)]  # the reference goes to the end, and off
+        positions, values = positions.gather(1, last), values.gather(1, last)
+    return Top(positions, values * frame.scale)
+
+# %% ../nbs/11_retrieval.ipynb #361c2a19
+@patch
+def save(self: FaissGallery, path: str):
+    "Write the index."
+    _faiss().write_index(self.index, str(path))
+
+@patch(cls_method=True)
+def open(cls: FaissGallery, path: str, looks: int = 8) -> FaissGallery:
+    "An index that `save` wrote, mapped from disk."
+    if not Path(path).is_file(): raise CalaError(f"no index {path}; write it with FaissGallery(features).save")
+    self, faiss = cls.__new__(cls), _faiss()
+    try: self.index, self.looks = faiss.read_index(str(path), faiss.IO_FLAG_MMAP), looks
+    except RuntimeError as error: raise CalaError(f"{path} is no FAISS index ({str(error).splitlines()[0][:80]}); build it again") from None
+    return self
 
 # %% ../nbs/11_retrieval.ipynb #4c4e5790
 def _batches(pictures, batch_size, device, workers=0, bar=""):
@@ -266,7 +380,7 @@ class Embedded(NamedTuple):
     reference: Tensor  # (Q, d) features of the references, read with their texts
     text: Tensor       # (Q, d) text features
 
-# %% ../nbs/11_retrieval.ipynb #bd250dd9
+# %% ../nbs/11_retrieval.ipynb #5185cb76
 def embed(
     model: nn.Module,             # CaLa, or whatever has .tokens, .embed_gallery and .embed_queries
     dataset,                      # CIRR or FashionIQ, any split
@@ -281,9 +395,11 @@ def embed(
     device = torch.device(device) if device else next(model.parameters()).device
     references, captions = dataset.references.unique(), [dataset.caption(i) for i in range(len(dataset))]
     kept, bars = _Kept(references, keep), ("gallery", "queries") if progress else ("", "")
+    known = getattr(dataset, "target_pictures", None)  # constant features, and tokens of references: cala.features
+    pictures = dataset.pictures if known is None else dataset.pictures.tokens
     with evaluating(model.to(device)):
-        gallery = _embed_gallery(model, dataset.pictures, kept, batch_size, device, workers, bars[0])
-        again = (_batches(Subset(dataset.pictures, references.tolist()), batch_size, device, workers, bars[1]) if kept.tokens is None
+        gallery = _embed_gallery(model, pictures, kept, batch_size, device, workers, bars[0]) if known is None else known.features().to(device)
+        again = (_batches(Subset(pictures, references.tolist()), batch_size, device, workers, bars[1]) if kept.tokens is None
                  else (part.to(device) for part in kept.tokens.split(batch_size)))
         return Embedded(gallery, *_embed_queries(model, again, dataset.references, captions, batch_size))
 

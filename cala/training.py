@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'FACTORS', 'FRAME_FLAGS', 'COM
            'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'Share', 'same_recipe',
            'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
 
-# %% ../nbs/13_training.ipynb #1a127274
+# %% ../nbs/13_training.ipynb #d9773279
 import io
 import json
 import math
@@ -58,9 +58,10 @@ from .encoders import find_backbone
 from .encoders import make_backbone
 from .encoders import read_vocabulary
 from .encoders import shuffled_blocks
-from .features import build_tokens
-from .features import cache_tokens
-from .features import use_cache
+from .features import CACHES
+from .features import CACHE_DTYPES
+from .features import cache_folder
+from .features import use_caches
 from .model import CaLa
 from .model import checkpoint_folder
 from .model import load_weights
@@ -73,7 +74,7 @@ from .retrieval import evaluate
 from .retrieval import evaluating
 from .retrieval import measure
 
-# %% ../nbs/13_training.ipynb #1a3ace56
+# %% ../nbs/13_training.ipynb #7fc74b07
 @dataclass
 class DataRecipe:
     "What is read."
@@ -85,8 +86,9 @@ class DataRecipe:
     target_ratio: float = 1.25       # target pad: pad only pictures longer than this
     num_workers: int = 0             # processes that decode pictures
     keep_pictures: bool = False      # hold decoded pictures in memory: small pictures, many epochs
-    cache: str = "off"               # off; tokens: the frozen trunk's tokens once per picture, on disk
-    cache_dir: str = None            # where token caches live; None: .cala_cache beside the data
+    cache: str = "off"               # off; tokens: the frozen trunk's tokens once per picture, on disk; auto: if they pay and fit, and constant targets too
+    cache_dir: str = None            # where caches live; None: .cala_cache beside the data
+    cache_dtype: str = "auto"        # of cached numbers: float16, float32; auto: what the trunk computes
     allow_missing: bool = False      # go on although pictures are missing; every result says how many
 
 # %% ../nbs/13_training.ipynb #0dc3acf7
@@ -153,10 +155,10 @@ class KeepRecipe:
     comet_offline: str = None        # Comet: write an archive into this folder instead
     tensorboard: bool = False        # log for TensorBoard too, into the run's folder
 
-# %% ../nbs/13_training.ipynb #d0d6218c
+# %% ../nbs/13_training.ipynb #88d997a2
 CHOICES = dict(dataset=["CIRR", "FashionIQ"], protocol=["original", "val"], encoder=["both", "multi", "text"],
                cir_frame=["sum", "artemis", "combiner"], objective=["released", "paper"], precision=["no", "bf16", "fp16"],
-               schedule=["cosine", "released", "constant"], cache=["off", "tokens"])
+               schedule=["cosine", "released", "constant"], cache=[*CACHES], cache_dtype=[*CACHE_DTYPES])
 POSITIVE = "batch_size", "num_epochs", "max_epoch", "validation_frequency", "target_ratio", "learning_rate", "neighbours", "accumulate", "rank_timeout"
 NOT_NEGATIVE = "num_workers", "seed", "weight_decay", "min_lr", "warmup", "save_steps", "hca_dropout"
 
@@ -482,15 +484,10 @@ def cache(
     self: Trainer,
     model: CaLa,  # its trunk makes the tokens
 ):
-    "Replace pictures by cached tokens if the recipe asks for it."
-    recipe, accelerator, trunk = self.recipe, self.accelerator, model.backbone.trunk
-    if recipe.cache == "off": return
-    folder = Path(recipe.cache_dir or Path(recipe.data_root) / ".cala_cache")
-    rank, ranks, how = accelerator.process_index, accelerator.num_processes, dict(num_workers=recipe.num_workers)
-    for data in (self.data, *self.validation):
-        if ranks > 1: build_tokens(trunk, data.gallery, folder, part=(rank, ranks), report=None if rank else print, **how)
-        accelerator.wait_for_everyone()
-        with accelerator.local_main_process_first(): use_cache(data, cache_tokens(trunk, data.gallery, folder, **how))
+    "Replace pictures by what is cached of them, if the recipe asks for it."
+    recipe = self.recipe
+    use_caches(model, [self.data, *self.validation], recipe.cache, cache_folder(recipe.cache_dir, recipe.data_root), recipe.num_epochs,
+               recipe.cache_dtype, num_workers=recipe.num_workers)
 
 # %% ../nbs/13_training.ipynb #3d51ae68
 @patch
@@ -830,8 +827,8 @@ def validate(self: Trainer) -> dict:  # a row of metrics.csv
     self.accelerator.log(numbers, step=len(self.run.log))
     return row
 
-# %% ../nbs/13_training.ipynb #a9e7f431
-MAY_DIFFER = {"resume", "output", "data_root", "cache", "cache_dir", "num_workers", "keep_pictures", "num_epochs", "api_key", "workspace",
+# %% ../nbs/13_training.ipynb #274bc406
+MAY_DIFFER = {"resume", "output", "data_root", "cache", "cache_dir", "cache_dtype", "num_workers", "keep_pictures", "num_epochs", "api_key", "workspace",
               "experiment_name", "comet_offline", "tensorboard", "backbone_weights", "tokenizer", "validation_frequency", "skip_nonfinite",
               "accumulate", "gradient_checkpointing", "compile", "rank_timeout", "save_steps"}
 

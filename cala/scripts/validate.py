@@ -8,7 +8,7 @@ __all__ = ['BLIP2_ROLES', 'FILES', 'ModelFlags', 'model_source', 'load_role', 'f
            'find_device', 'embed_with', 'judge', 'table', 'heading', 'output_folder', 'facts', 'write_results',
            'Validation', 'main']
 
-# %% ../../nbs/21_validate.ipynb #3e807c93
+# %% ../../nbs/21_validate.ipynb #17f1caa7
 import hashlib
 import json
 import platform
@@ -29,8 +29,10 @@ from ..composition import frames
 from ..composition import make_frame
 from ..data import open_dataset
 from ..encoders import make_backbone
-from ..features import cache_tokens
-from ..features import use_cache
+from ..features import CACHES
+from ..features import CACHE_DTYPES
+from ..features import cache_folder
+from ..features import use_caches
 from ..model import CaLa
 from ..model import checkpoint_folder
 from ..model import load_checkpoint
@@ -215,7 +217,7 @@ def weights_read(
         if file.is_file(): found[name] = dict(path=str(file), sha256=sha256(file))
     return found
 
-# %% ../../nbs/21_validate.ipynb #3cfde0c5
+# %% ../../nbs/21_validate.ipynb #7a508dc1
 @dataclass
 class DataFlags(ModelFlags):
     "Which model, and how pictures are read."
@@ -226,10 +228,11 @@ class DataFlags(ModelFlags):
     num_workers: int = 0          # processes that decode pictures
     device: str = None            # cpu, cuda, cuda:1 ...; None: a GPU if there is one
     precision: str = "no"         # no (float32), bf16 or fp16
-    cache: str = "off"            # off; tokens: the frozen trunk's tokens once per picture, on disk, as cala-train keeps them
-    cache_dir: str = None         # where token caches live; None: .cala_cache beside the data
+    cache: str = "off"            # off; tokens: the frozen trunk's tokens once per picture, on disk, as cala-train keeps them; auto: if they are there
+    cache_dir: str = None         # where caches live; None: .cala_cache beside the data
+    cache_dtype: str = "auto"     # of cached numbers: float16, float32; auto: what the trunk computes
 
-# %% ../../nbs/21_validate.ipynb #f49f29ac
+# %% ../../nbs/21_validate.ipynb #36c2e134
 def filled(
     flags: DataFlags,  # as typed
 ) -> DataFlags:
@@ -239,7 +242,7 @@ def filled(
         if getattr(flags, key, "") is None: setattr(flags, key, said.get(key) or default)
     for key in ("batch_size", "target_ratio"):
         if not getattr(flags, key) > 0: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: give a number above 0")
-    for key, choices in dict(precision=("no", "bf16", "fp16"), cache=("off", "tokens")).items():
+    for key, choices in dict(precision=("no", "bf16", "fp16"), cache=CACHES, cache_dtype=CACHE_DTYPES).items():
         if getattr(flags, key) not in choices: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: choose one of {', '.join(choices)}")
     return flags
 
@@ -251,7 +254,7 @@ def find_device(
     try: return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error: raise CalaError(f"--device {name}: {str(error).splitlines()[0]}; try --device cpu") from error
 
-# %% ../../nbs/21_validate.ipynb #6017d67e
+# %% ../../nbs/21_validate.ipynb #12dbdd34
 def embed_with(
     model: CaLa,       # what embeds
     data,              # CIRR or FashionIQ
@@ -259,9 +262,7 @@ def embed_with(
 ):                     # Embedded, float32
     "`embed`, on the device and in the precision of the flags."
     device, kinds = find_device(flags.device), dict(bf16=torch.bfloat16, fp16=torch.float16)
-    if flags.cache == "tokens":
-        place = flags.cache_dir or Path(flags.data_root) / ".cala_cache"
-        use_cache(data, cache_tokens(model.to(device).backbone.trunk, data.gallery, place, num_workers=flags.num_workers))
+    use_caches(model.to(device), [data], flags.cache, cache_folder(flags.cache_dir, flags.data_root), dtype=flags.cache_dtype, num_workers=flags.num_workers)
     with torch.autocast(device.type, kinds.get(flags.precision), enabled=flags.precision in kinds):
         return embed(model, data, flags.batch_size, device, flags.num_workers)
 
