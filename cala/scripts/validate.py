@@ -130,7 +130,8 @@ def saved_frame(
     if not _is_checkpoint(path): return load_released(path).eval()
     file = _weights_file(path)
     with safe_open(file, "pt") as content: state = {k.removeprefix("frame."): content.get_tensor(k) for k in content.keys() if k.startswith("frame.")}
-    said, dim = read_recipe(file.parent)["model"], next((tensor.shape[1] for name, tensor in state.items() if name.endswith("weight")), None)
+    said, readers = read_recipe(file.parent)["model"], ("text_projection_layer.weight", "transform.weight")  # of Combiner, of Artemis: they read features
+    dim = next((state[name].shape[1] for name in readers if name in state), None)
     frame = make_frame(said["cir_frame"], dim, **said["frame_options"] or {})
     frame.load_state_dict(state)
     return frame.eval()
