@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = $(THREADS)
 # Test processes side by side, for notebooks and for pytest.
 JOBS    ?= 2
 
-.PHONY: help install demo test test-without-lavis sync notebooks pytest prepare lab clean
+.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,16 +26,26 @@ demo: install    ## draw a world, train from nothing, print the table, write the
 
 test: install sync notebooks pytest   ## everything CI runs
 
-sync: install    ## notebooks, package and README say the same
+sync: install    ## notebooks, package and README say the same; lock files keep to the ranges
 	$(BIN)/python .ci/sync.py
+	$(BIN)/python .ci/lock.py --check
 
 notebooks: install   ## every notebook from a fresh kernel; a run that matched nothing fails
-	$(BIN)/nbdev_test --n_workers $(JOBS) --timing > $(VENV)/nbdev_test.log 2>&1 || { cat $(VENV)/nbdev_test.log; exit 1; }
+	JOBS=$(JOBS) $(BIN)/python .ci/cover.py notebooks > $(VENV)/nbdev_test.log 2>&1 || { cat $(VENV)/nbdev_test.log; exit 1; }
 	@cat $(VENV)/nbdev_test.log
 	@grep -q "Success." $(VENV)/nbdev_test.log || { echo "nbdev_test matched no notebook"; exit 1; }
 
 pytest: install  ## what notebooks should not hold: commands, parity, crashes, ranks
-	$(BIN)/python -m pytest -n $(JOBS)
+	PYTHONPATH=.ci:$(PYTHONPATH) $(BIN)/python -m pytest -n $(JOBS) -p cover --cov --cov-append --cov-report=
+
+coverage:        ## what notebooks and tests of the last run left out: files under 80%, and the total
+	@$(BIN)/python .ci/cover.py report
+
+mutants: install ## ten lines of losses, ranking and schedule made wrong: do the tests notice?
+	$(BIN)/python .ci/mutate.py
+
+lock: install    ## after the tests have passed: exact versions of this environment, for this Python
+	$(BIN)/python .ci/lock.py
 
 # The newest Python found. LAVIS stops at 3.11, so this is the project without it, on the newest of everything else.
 NEWEST := $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 1 2>/dev/null && command -v python$(v) || ls $(HOME)/.pyenv/versions/$(v).*/bin/python 2>/dev/null | tail -n 1)))
