@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cala.data import open_dataset
+from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import read_vocabulary
 from cala.encoders import save_backbone
@@ -22,6 +23,16 @@ def draw_small_world(root, val=4):
     words = read_vocabulary([text for data in splits for triplet in data.triplets for text in triplet.captions])
     save_backbone(make_backbone("tiny", vocabulary=words, width=32, heads=2, layers=2, queries=4, dropout=.1), root / "small.safetensors")
     return root
+
+
+def still_flags(world, output, *more, **how):
+    "Words of a run without any dropout: still.safetensors is small.safetensors without it."
+    if not (world / "still.safetensors").exists():
+        trained = load_backbone(world / "small.safetensors")
+        still = make_backbone(**{**trained.config, "dropout": 0.})
+        still.load_state_dict(trained.state_dict())
+        save_backbone(still, world / "still.safetensors")
+    return train_flags(world, output, "--backbone-weights", world / "still.safetensors", "--hca-dropout", 0, *more, **how)
 
 
 def train_flags(world, output, *more, epochs=2):

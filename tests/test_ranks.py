@@ -16,26 +16,17 @@ from safetensors.torch import load_file
 
 import cala.training
 from cala.commands import run_command
-from cala.encoders import load_backbone
-from cala.encoders import save_backbone
 from cala.model import load_checkpoint
 from cala.scripts.train import main
+from cala.worlds import draw_fashioniq
 from small_runs import draw_small_world
 from small_runs import lines_of
+from small_runs import still_flags
 from small_runs import train_flags
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    "A small world; still.safetensors is its backbone without dropout, which ranks draw differently."
-    root = draw_small_world(tmp_path_factory.mktemp("world"))
-    backbone = load_backbone(root / "small.safetensors")
-    for part in backbone.modules():
-        if hasattr(part, "dropout") and isinstance(part.dropout, float): part.dropout = 0.
-        if isinstance(part, torch.nn.Dropout): part.p = 0.
-    backbone.config["dropout"] = 0.
-    save_backbone(backbone, root / "still.safetensors")
-    return root
+def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +72,6 @@ def together(server, words, said, ranks=2, sent=None):
     return [child.exitcode for child in children], spoken
 
 
-def still(world, output, *more, **how):
-    "Words of a run without any dropout."
-    return train_flags(world, output, "--backbone-weights", world / "still.safetensors", "--hca-dropout", 0, *more, **how)
-
-
 def compare(one, two):
     "Losses of every step, metrics, and what the models of two runs say."
     a, b = (pd.read_csv(folder / "log.csv") for folder in (one, two))
@@ -107,14 +93,14 @@ def bits(folder):
 
 
 def test_two_ranks_with_half_a_batch_each_are_one_process_with_the_whole_one_for_twenty_steps(world, tmp_path, server):
-    words = lambda output: still(world, output, "--cir-frame", "artemis", "--validation-frequency", 5, epochs=10)
+    words = lambda output: still_flags(world, output, "--cir-frame", "artemis", "--validation-frequency", 5, epochs=10)
     assert together(server, words(tmp_path / "two"), tmp_path / "said")[0] == [0, 0], [path.read_text() for path in tmp_path.glob("said.*")]
     run_command(main, words(tmp_path / "one"), prog="cala-train")
     assert compare(tmp_path / "one", tmp_path / "two") == 20
 
 
 def test_cache_pieces_and_gallery_negatives_over_ranks_are_those_of_one_process(world, tmp_path, server):
-    words = lambda output, *more: still(world, output, "--encoder", "multi", "--gallery-negatives", *more, epochs=2)
+    words = lambda output, *more: still_flags(world, output, "--encoder", "multi", "--gallery-negatives", *more, epochs=2)
     codes, said = together(server, words(tmp_path / "two", "--accumulate", 2, "--cache", "tokens", "--cache-dir", tmp_path / "tokens"), tmp_path / "said")
     assert codes == [0, 0], said
     run_command(main, words(tmp_path / "one"), prog="cala-train")
@@ -124,7 +110,8 @@ def test_cache_pieces_and_gallery_negatives_over_ranks_are_those_of_one_process(
 
 
 def test_fashioniq_is_validated_over_ranks_as_by_one(world, tmp_path, server):
-    words = lambda output: still(world, output, "--dataset", "FashionIQ", epochs=1)
+    draw_fashioniq(tmp_path, train=12, val=24, test=1, size=48)
+    words = lambda output: still_flags(world, output, "--dataset", "FashionIQ", "--data-root", tmp_path, "--encoder", "text", epochs=1)
     codes, said = together(server, words(tmp_path / "two"), tmp_path / "said")
     assert codes == [0, 0], said
     run_command(main, words(tmp_path / "one"), prog="cala-train")
@@ -144,10 +131,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resumed_they_end_as_if_u
 
 
 def test_one_process_goes_on_with_what_two_ranks_began(world, tmp_path, server):
-    begin, go_on = still(world, tmp_path / "two", "--max-epoch", 2, epochs=1), still(world, tmp_path / "two", "--resume", tmp_path / "two", epochs=2)
+    begin, go_on = still_flags(world, tmp_path / "two", "--max-epoch", 2, epochs=1), still_flags(world, tmp_path / "two", "--resume", tmp_path / "two", epochs=2)
     assert together(server, begin, tmp_path / "said")[0] == [0, 0]
     run_command(main, go_on, prog="cala-train")
-    run_command(main, still(world, tmp_path / "one", epochs=2), prog="cala-train")
+    run_command(main, still_flags(world, tmp_path / "one", epochs=2), prog="cala-train")
     assert compare(tmp_path / "one", tmp_path / "two") == 4
 
 
