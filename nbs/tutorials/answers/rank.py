@@ -1,0 +1,2 @@
+def rank(scores, target):
+    return 1 + (scores > scores[target]).sum()

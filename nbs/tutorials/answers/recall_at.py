@@ -1,0 +1,2 @@
+def recall_at(ranks, k):
+    return 100 * (ranks <= k).float().mean()
