@@ -18,7 +18,7 @@ install: $(VENV)/installed   ## .venv with everything in settings.ini
 $(VENV)/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,track]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,track,faiss]"
 	touch $@
 
 demo: install    ## draw a world, train from nothing, print the table, write the report

@@ -2,7 +2,7 @@
 
 python .ci/lock.py           write .ci/lock/<python>.txt from this environment
 python .ci/lock.py --check   do all lock files satisfy settings.ini's ranges?
-pip install -c .ci/lock/3.11.txt -e ".[dev,track]"   an environment as it was tested"""
+pip install -c .ci/lock/3.11.txt -e ".[dev,track,faiss]"   an environment as it was tested"""
 import shlex
 import sys
 from configparser import ConfigParser
@@ -17,14 +17,14 @@ from cala.scripts.check import closure
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / ".ci/lock"
 HEAD = """# What cala {version} was tested with on Python {python}, {system}: `make lock` writes it, `python .ci/lock.py --check` compares it
-# with the ranges of settings.ini. Use it as constraints: pip install -c {place} -e ".[dev,track]"
+# with the ranges of settings.ini. Use it as constraints: pip install -c {place} -e ".[dev,track,faiss]"
 """
 
 
 def ranges():
     "Requirements of settings.ini, those of development and tracking too."
     config = ConfigParser(); config.read(ROOT / "settings.ini")
-    keys = "requirements", "dev_requirements", "track_requirements"
+    keys = "requirements", "dev_requirements", "track_requirements", "faiss_requirements"
     return [Requirement(word) for key in keys for word in shlex.split(config["DEFAULT"].get(key, ""))]
 
 
