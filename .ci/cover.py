@@ -86,5 +86,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "notebooks": notebooks(*sys.argv[2:3])
+    import cover  # by name: a notebook takes the place of __main__ in its process, and what is sent there is looked up by name
+    if sys.argv[1] == "notebooks": cover.notebooks(*sys.argv[2:3])
     else: print(*report(), sep="\n")
