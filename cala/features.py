@@ -122,7 +122,7 @@ def _save_shard(path, tokens, marks):
         beside.unlink(missing_ok=True)
         raise CalaError(f"{path.parent} cannot take more ({error.strerror}); what is done is kept: make room and start again") from None
 
-# %% ../nbs/12_features.ipynb #db79ce07
+# %% ../nbs/12_features.ipynb #6b0e8966
 class _Shard:
     "A file of tokens (n, N, w), read when indexed, and {row: (Mark, checksum)} of what is in it."
     def __init__(self, path):
@@ -131,7 +131,7 @@ class _Shard:
             self.tokens, said = file.get_slice("tokens"), file.metadata()
             self.shape, self.done = self.tokens.get_shape(), {first + i: (Mark(*mark), check) for i, (*mark, check) in enumerate(json.loads(said["marks"]))}
             if said["place"] != path.parent.name or len(self.shape) != 3 or len(self.done) != self.shape[0]: raise ValueError("it is of another cache")
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CalaError(f"{path} is damaged ({error}); delete it and build again") from None
 
     def row(self, row): return self.tokens[row % SHARD].clone()  # a copy: the slice is the file itself
@@ -393,13 +393,14 @@ def verify(self: TokenCache):
         if crc32(shard.row(row).numpy()) != shard.done[row][1]:
             raise CalaError(f"{self.place / f'{row // SHARD:05}.safetensors'} holds other tokens of {name} than were written; delete it and build again")
 
-# %% ../nbs/12_features.ipynb #920cda3b
+# %% ../nbs/12_features.ipynb #39a2f383
 def _why_none(folder, about):
     "What lies in `folder` instead of a cache of `about`."
     words = dict(weights="another trunk", transform="another transform", dtype="another number format", names="other pictures")
     for path in sorted(Path(folder).glob("*/about.json")):
         try: other = json.loads(path.read_text())
-        except ValueError: continue
+        except (ValueError, RecursionError): continue
+        if not isinstance(other, dict): continue
         differ = [word for key, word in words.items() if other.get(key) != about[key]]
         if differ and len(differ) < len(words): return f"{folder} holds tokens of {' and '.join(differ)}"
     return f"{folder} holds no tokens of these pictures"

@@ -326,29 +326,53 @@ class Trunk(torch.nn.Module):
     def forward(self, pictures): return pictures.flatten(2).transpose(1, 2)[:, :4]
 
 
+def header_of(data):
+    "A safetensors file's header and what follows it."
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[8:end], data[end:]
+
+
+def with_header(header, rest): return len(header).to_bytes(8, "little") + header + rest
+
+
 def test_damaged_notes_of_a_cache_cost_time_and_nothing_else(small, tmp_path):
     gallery = CIRR(small, "val", transform=image_transform("targetpad", 16)).gallery
     make = lambda: cache_tokens(Trunk(), gallery, tmp_path / "cache", report=None)
     right, place, count = make()[:], make().place, Counter()
     kept = {path.name: path.read_bytes() for path in place.iterdir()}
+    (tokens,) = set(kept) - {"about.json"}
+    header, rest = header_of(kept[tokens])
 
-    @seeded(120)
-    @given(st.sampled_from(["about.json", "done.0.jsonl"]), accidents)
-    def one_accident(name, accident):
-        lines = kept[name] if name == "about.json" else b"[" + b",".join(kept[name].splitlines()) + b"]"
-        try: data = damaged(lines, accident)
+    @seeded(150)
+    @given(st.sampled_from(["about.json", "header", "marks"]), accidents)
+    def one_accident(what, accident):
+        try:
+            if what == "about.json": data = {what: damaged(kept[what], accident)}
+            elif what == "header": data = {tokens: with_header(damaged(header, accident), rest)}
+            else:
+                said = json.loads(header)
+                said["__metadata__"]["marks"] = damaged(said["__metadata__"]["marks"].encode(), accident).decode(errors="replace")
+                data = {tokens: with_header(json.dumps(said).encode(), rest)}
         except Skip: return
-        if name != "about.json" and accident[0] in TO_CONTENT:
-            entries = json.loads(data)
-            data = "\n".join(map(json.dumps, entries if isinstance(entries, list) else [entries])).encode()
         shutil.rmtree(place, ignore_errors=True); place.mkdir(parents=True)
-        for file, content in (kept | {name: data}).items(): (place / file).write_bytes(content)
-        try: open_tokens(Trunk(), gallery, tmp_path / "cache"); count["opened"] += 1
+        for file, content in (kept | data).items(): (place / file).write_bytes(content)
+        try: assert torch.equal(open_tokens(Trunk(), gallery, tmp_path / "cache")[:], right); count["right"] += 1
         except CalaError as error: count["refused"] += 1; assert "\n" not in str(error)
         assert torch.equal(make()[:], right)
 
     one_accident()
-    assert min(count["opened"], count["refused"]) > 10, count
+    assert min(count["right"], count["refused"]) > 20, count
+
+
+@seeded(60)
+@given(accidents)
+def test_where_there_is_no_cache_a_damaged_note_of_another_one_is_no_matter(small, accident):
+    gallery, folder = CIRR(small, "val", transform=image_transform("targetpad", 16)).gallery, small / "caches"
+    note = folder / "another/about.json"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    try: note.write_bytes(damaged(json.dumps(dict(version=1, weights="a", transform="b", dtype="float32", names="c")).encode(), accident))
+    except Skip: return
+    with pytest.raises(CalaError, match="build these with"): open_tokens(Trunk(), gallery, folder)
 
 
 # ---------------------------------------------------------------- submissions
