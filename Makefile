@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = $(THREADS)
 # Test processes side by side, for notebooks and for pytest.
 JOBS    ?= 2
 
-.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab clean
+.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab docs browser clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -59,5 +59,11 @@ prepare: install ## after editing a notebook: clean, export, render README
 lab: install     ## read the notebooks
 	$(BIN)/jupyter lab nbs
 
+docs: install    ## every notebook as HTML with its outputs, in _docs
+	$(BIN)/python .ci/docs.py
+
+browser: install ## the tutorials in a real JupyterLab, driven by Chromium; screenshots in _browser
+	$(BIN)/python .ci/browser.py $(ARGS)
+
 clean:           ## remove what the commands made
-	rm -rf $(VENV) runs demo _docs _proc
+	rm -rf $(VENV) runs demo _docs _browser _proc
