@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = $(THREADS)
 # Test processes side by side, for notebooks and for pytest.
 JOBS    ?= 2
 
-.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab docs browser clean
+.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab docs clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -62,8 +62,5 @@ lab: install     ## read the notebooks
 docs: install    ## every notebook as HTML with its outputs, in _docs
 	$(BIN)/python .ci/docs.py
 
-browser: install ## the tutorials in a real JupyterLab, driven by Chromium; screenshots in _browser
-	$(BIN)/python .ci/browser.py $(ARGS)
-
 clean:           ## remove what the commands made
-	rm -rf $(VENV) runs demo _docs _browser _proc
+	rm -rf $(VENV) runs demo _docs _proc

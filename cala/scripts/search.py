@@ -301,7 +301,7 @@ class Search(ModelFlags):
     batch_size: int = 64         # pictures at a time
     num_workers: int = 0         # processes that decode pictures
     device: str = None           # cpu, cuda, cuda:1 ...; None: a GPU if there is one
-    precision, cache = "no", "off"  # no flags: features are kept in float32, and instead of tokens
+    precision, cache, cache_dtype = "no", "off", "auto"  # no flags: features are kept in float32, and instead of tokens
 
 # %% ../../nbs/28_search.ipynb #02b95c98
 def check_search(
