@@ -56,9 +56,9 @@ class Demo:
     world: str = "cirr"          # cirr or fashioniq
     output: str = "demo"         # folder of data, runs, table and report; one subfolder a world
     size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
-    width: int = 96              # d of the tiny backbone
+    width: int = 128             # d of the tiny backbone
     stage1_steps: int = 400      # of image-text contrast
-    epochs: int = 5              # of stage 2
+    epochs: int = 4              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
     learning_rate: float = 3e-3  # learning rate of stage 2
