@@ -7,10 +7,10 @@ __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'BELOW', 'FACTORS', 'FRAME_FLA
            'DataRecipe', 'ModelRecipe', 'LoopRecipe', 'KeepRecipe', 'Recipe', 'run_folder', 'parameter_groups',
            'rate_at', 'make_schedule', 'Run', 'takes', 'make_model', 'open_split', 'BatchSampler', 'rng_state',
            'set_rng_state', 'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compile_parts', 'Trainer',
-           'check_output', 'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'Share',
-           'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
+           'check_output', 'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'height',
+           'Share', 'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
 
-# %% ../nbs/13_training.ipynb #d9773279
+# %% ../nbs/13_training.ipynb #81d38b72
 import io
 import json
 import math
@@ -50,9 +50,11 @@ from torch.utils.data import Sampler
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+# %% ../nbs/13_training.ipynb #a45c8fa2
 from .commands import CalaError
 from .data import collate
 from .data import open_dataset
+from .encoders import Embedding
 from .encoders import Words
 from .encoders import find_backbone
 from .encoders import make_backbone
@@ -328,8 +330,10 @@ def set_rng_state(
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/13_training.ipynb #a959e97c
-def leave_interrupts(worker: int): signal.signal(signal.SIGINT, signal.SIG_IGN)
+# %% ../nbs/13_training.ipynb #35ae9dc3
+def leave_interrupts(worker: int):
+    "What a loader's process does first."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def make_loader(
     data,                # a data set of triplets
@@ -461,7 +465,7 @@ def open(self: Trainer):
     try: self.output.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise CalaError(f"cannot make {self.output}: {error.strerror}; choose another --output") from error
 
-# %% ../nbs/13_training.ipynb #9506e909
+# %% ../nbs/13_training.ipynb #39b90436
 @patch
 def prepare(
     self: Trainer,
@@ -469,10 +473,11 @@ def prepare(
 ):
     "The model as the flags want it, the optimizer, and the schedule."
     recipe = self.recipe
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.learning_rate), weight_decay=recipe.weight_decay, fused=True)
+    if self.accelerator.num_processes > 1: self.spare_unused(model)
     if recipe.gradient_checkpointing: checkpoint_layers(model)
     if recipe.compile: compile_parts(model)
     model.ranks = self.accelerator.num_processes
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.learning_rate), weight_decay=recipe.weight_decay, fused=True)
     self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
     self.schedule = make_schedule(optimizer, recipe, len(self.loader))
 
@@ -480,6 +485,19 @@ def prepare(
 def core(self: Trainer) -> CaLa:
     "The model itself, whatever is wrapped around it."
     return self.accelerator.unwrap_model(self.model)
+
+# %% ../nbs/13_training.ipynb #0c904746
+@patch
+def spare_unused(
+    self: Trainer,
+    model: CaLa,  # changed in place
+):
+    "Let no weight ask for a gradient that none reaches."
+    batch, device = collate([self.data[i] for i in range(2)]), self.accelerator.device
+    loss = model.losses(model.encode(batch.reference.to(device), batch.captions, batch.target.to(device))).total
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True)):
+        if gradient is None: weight.requires_grad_(False)
 
 # %% ../nbs/13_training.ipynb #6b5e8794
 @patch
@@ -491,21 +509,6 @@ def cache(
     recipe = self.recipe
     use_caches(model, [self.data, *self.validation], recipe.cache, cache_folder(recipe.cache_dir, recipe.data_root), recipe.num_epochs,
                recipe.cache_dtype, num_workers=recipe.num_workers)
-
-# %% ../nbs/13_training.ipynb #3d51ae68
-@patch
-def fill_bank(
-    self: Trainer,
-    model: CaLa,  # with its trainable parameters chosen
-):
-    "Target features (G, d) of the training gallery; `CalaError` if training changes them."
-    device, pictures = self.accelerator.device, self.data.pictures
-    if model.embed_gallery(pictures[0][None].to(device)).requires_grad:
-        raise CalaError(f"--gallery-negatives with --encoder {self.recipe.encoder}: training changes the targets' features; give --encoder multi or text, or leave the flag out")
-    mine = torch.arange(self.accelerator.process_index, len(pictures), self.accelerator.num_processes)
-    loader = DataLoader(Subset(pictures, mine.tolist()), max(64, self.recipe.batch_size), num_workers=self.recipe.num_workers)
-    with evaluating(model): parts = [model.embed_gallery(batch.to(device)).float() for batch in loader]
-    self.bank = self.collect(mine, torch.cat(parts), len(pictures))
 
 # %% ../nbs/13_training.ipynb #8e861936
 @patch
@@ -521,6 +524,22 @@ def collect(
     whole = rows.new_empty(count, rows.shape[1])
     whole[at[at >= 0]] = rows[at >= 0]
     return whole
+
+# %% ../nbs/13_training.ipynb #d2512343
+@patch
+def fill_bank(
+    self: Trainer,
+    model: CaLa,  # with its trainable parameters chosen
+):
+    "Target features (G, d) of the training gallery; `CalaError` if training changes them."
+    device, pictures, known = self.accelerator.device, self.data.pictures, getattr(self.data, "target_pictures", None)
+    if known is not None: self.bank = known.features().to(device); return  # constant, and kept on disk
+    if model.embed_gallery(pictures[0][None].to(device)).requires_grad:
+        raise CalaError(f"--gallery-negatives with --encoder {self.recipe.encoder}: training changes the targets' features; give --encoder multi or text, or leave the flag out")
+    mine = torch.arange(self.accelerator.process_index, len(pictures), self.accelerator.num_processes)
+    loader = DataLoader(Subset(pictures, mine.tolist()), max(64, self.recipe.batch_size), num_workers=self.recipe.num_workers)
+    with evaluating(model): parts = [model.embed_gallery(batch.to(device)).float() for batch in loader]
+    self.bank = self.collect(mine, torch.cat(parts), len(pictures))
 
 # %% ../nbs/13_training.ipynb #1c2c2e1b
 @patch
@@ -540,15 +559,15 @@ def once(
     first = torch.full_like(values, len(places)).scatter_reduce(0, back, torch.arange(len(places)), "amin")
     return first, back
 
-# %% ../nbs/13_training.ipynb #4fc68a18
+# %% ../nbs/13_training.ipynb #564ee144
 @patch
 def look(
     self: Trainer,
     batch,  # cala.data.Batch
 ) -> tuple: # tokens of the references and of the targets, (b, N, w) each
-    "The trunk's tokens of a batch, each different picture through it once; cached tokens pass."
+    "The trunk's tokens of a batch, each different picture through it once; what is cached passes."
     device = self.accelerator.device
-    if batch.reference.ndim == 3: return batch.reference.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
+    if isinstance(batch.target, Embedding) or batch.reference.ndim == 3: return batch.reference.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
     first, back = once(torch.cat([self.data.references[batch.index], self.data.targets[batch.index]]))
     pictures = torch.cat([batch.reference, batch.target])[first].to(device, non_blocking=True)
     with self.accelerator.autocast(): parts = [self.core.tokens(part) for part in pictures.chunk(self.recipe.accumulate)]
@@ -576,6 +595,19 @@ def inputs(
     at = None if self.bank is None else self.data.targets[batch.index].to(self.accelerator.device)
     return V_r, words, V_t, self.bank, at
 
+# %% ../nbs/13_training.ipynb #c876819b
+def cut(
+    x,                   # a tensor, a list of captions, or a named tuple of these: Words, Embedding ...
+    rows: torch.Tensor,  # (n,) consecutive places
+):                       # the same of these rows
+    "Rows of whatever a step reads."
+    if isinstance(x, tuple): return type(x)(*(cut(part, rows) for part in x))
+    return x[int(rows[0]):int(rows[-1]) + 1]
+
+def height(x) -> int:
+    "How many rows `x` has."
+    return height(x[0]) if isinstance(x, tuple) else len(x)
+
 # %% ../nbs/13_training.ipynb #d0c498e7
 @patch
 def at_once(
@@ -589,35 +621,7 @@ def at_once(
     with self.accelerator.autocast(): losses = self.model(V_r, words, V_t, *bank)
     return losses, partial(self.accelerator.backward, losses.total)
 
-# %% ../nbs/13_training.ipynb #c4b4e443
-def cut(
-    x,                   # a tensor, a list of captions, or Words
-    rows: torch.Tensor,  # (n,) consecutive places
-):                       # the same of these rows
-    "Rows of whatever a step reads."
-    at = slice(int(rows[0]), int(rows[-1]) + 1)
-    return Words(*(part[at] for part in x)) if isinstance(x, Words) else x[at]
-
-# %% ../nbs/13_training.ipynb #56fdfd21
-@patch
-def in_pieces(
-    self: Trainer,
-    V_r: torch.Tensor,  # tokens of the references
-    words,              # captions as the backbone reads them
-    V_t: torch.Tensor,  # tokens of the targets
-    *bank,              # the gallery's features and the targets' places in it, or twice None
-) -> tuple:             # Losses, and what computes their gradient
-    "Losses of a batch whose triplets are encoded in `--accumulate` pieces."
-    pieces = [[cut(x, rows) for x in (V_r, words, V_t)] for rows in torch.arange(len(V_r)).chunk(self.recipe.accumulate)]
-    dice, vectors = [], []
-    for piece in pieces:
-        dice.append(rng_state())
-        with torch.no_grad(), self.accelerator.autocast(): vectors.append(self.core.encode(*piece))
-    vectors = torch.cat(vectors, dim=1).requires_grad_()
-    with self.accelerator.autocast(): losses = self.core.losses_everywhere(vectors, *bank)
-    return losses, partial(self.pull, pieces, dice, vectors, losses.total)
-
-# %% ../nbs/13_training.ipynb #678df0e8
+# %% ../nbs/13_training.ipynb #7e9779e6
 @patch
 def pull(
     self: Trainer,
@@ -629,13 +633,32 @@ def pull(
     "The gradient of `loss`, piece by piece."
     frame = [p for p in self.core.frame.parameters() if p.requires_grad]
     of_vectors, *of_frame = torch.autograd.grad(loss, [vectors, *frame])
-    for n, (piece, pull) in enumerate(zip(pieces, of_vectors.split([len(piece[0]) for piece in pieces], dim=1))):
+    for n, (piece, pull) in enumerate(zip(pieces, of_vectors.split([height(piece[0]) for piece in pieces], dim=1))):
         set_rng_state(dice[n])
         last = n == len(pieces) - 1
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast(): total = self.model(*piece, None, None, pull)
             if last: total = total + sum((weight * gradient).sum() for weight, gradient in zip(frame, of_frame))
             self.accelerator.backward(total)
+
+# %% ../nbs/13_training.ipynb #3cca107a
+@patch
+def in_pieces(
+    self: Trainer,
+    V_r: torch.Tensor,  # tokens of the references
+    words,              # captions as the backbone reads them
+    V_t: torch.Tensor,  # tokens of the targets
+    *bank,              # the gallery's features and the targets' places in it, or twice None
+) -> tuple:             # Losses, and what computes their gradient
+    "Losses of a batch whose triplets are encoded in `--accumulate` pieces."
+    pieces = [[cut(x, rows) for x in (V_r, words, V_t)] for rows in torch.arange(height(V_r)).chunk(self.recipe.accumulate)]
+    dice, vectors = [], []
+    for piece in pieces:
+        dice.append(rng_state())
+        with torch.no_grad(), self.accelerator.autocast(): vectors.append(self.core.encode(*piece))
+    vectors = torch.cat(vectors, dim=1).requires_grad_()
+    with self.accelerator.autocast(): losses = self.core.losses_everywhere(vectors, *bank)
+    return losses, partial(self.pull, pieces, dice, vectors, losses.total)
 
 # %% ../nbs/13_training.ipynb #94bbb864
 @patch
@@ -672,6 +695,19 @@ def write(
         if rows: write_atomically(self.output / name, pd.DataFrame(rows).to_csv(index=False).encode())
     if self.recipe.save_training: save_checkpoint(model, self.output / "last", recipe, latest, {"state.pt": self.state(dice)})
 
+# %% ../nbs/13_training.ipynb #7c434d98
+@patch
+def stop(
+    self: Trainer,
+    why: str,        # what happened
+    cure: str = "",  # what to do about it
+):
+    "Keep the state as it is between two steps, and end the run in one line that says how to go on."
+    if self.recipe.save_training: self.save()
+    if not self.accelerator.is_main_process: raise SystemExit(2)
+    kept = f"{len(self.run.log)} steps are kept, go on with --resume {self.output}" if self.recipe.save_training else "nothing was kept (--no-save-training)"
+    raise CalaError("; ".join(filter(None, (why, kept, cure))))
+
 # %% ../nbs/13_training.ipynb #87ae1633
 @patch
 def usable(
@@ -691,19 +727,6 @@ def usable(
     if self.dice: set_rng_state(self.dice)
     self.stop(f"the {what} is {value.item()} at step {about['step']}, in the batch of pairs {', '.join(about['pairs'][:5])} ...; all are named in {self.output / 'nonfinite.json'}",
               "lower --learning-rate, or leave such steps out with --skip-nonfinite")
-
-# %% ../nbs/13_training.ipynb #7c434d98
-@patch
-def stop(
-    self: Trainer,
-    why: str,        # what happened
-    cure: str = "",  # what to do about it
-):
-    "Keep the state as it is between two steps, and end the run in one line that says how to go on."
-    if self.recipe.save_training: self.save()
-    if not self.accelerator.is_main_process: raise SystemExit(2)
-    kept = f"{len(self.run.log)} steps are kept, go on with --resume {self.output}" if self.recipe.save_training else "nothing was kept (--no-save-training)"
-    raise CalaError("; ".join(filter(None, (why, kept, cure))))
 
 # %% ../nbs/13_training.ipynb #0e65d4e4
 @patch
@@ -784,7 +807,7 @@ def epoch(
     self.heed()
     self.run.epochs_done, self.position = number, 0
 
-# %% ../nbs/13_training.ipynb #2f9605f2
+# %% ../nbs/13_training.ipynb #376e6c2e
 class Share:
     "A rank's part of a data set, as `embed` reads it."
     def __init__(
@@ -797,7 +820,8 @@ class Share:
         self.at = torch.arange(rank, len(dataset.pictures), ranks)              # its pictures' positions
         self.queries = (dataset.references % ranks == rank).nonzero()[:, 0]     # its queries' numbers
         self.references = dataset.references[self.queries] // ranks             # positions among its own pictures
-        self.pictures = self.gallery = Subset(dataset.pictures, self.at.tolist())
+        known = getattr(dataset, "target_pictures", None)                       # cached targets are cheap to compute again from tokens
+        self.pictures = self.gallery = Subset(dataset.pictures if known is None else dataset.pictures.tokens, self.at.tolist())
 
     def __len__(self): return len(self.queries)
     def caption(self, i): return self.dataset.caption(int(self.queries[i]))

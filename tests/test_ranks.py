@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cala.features
 import cala.training
 from cala.commands import run_command
 from cala.model import load_checkpoint
@@ -42,6 +43,7 @@ def _rank(rank, ranks, port, words, said, sent):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    cala.features.SHARD = 8  # pictures a file of a cache: enough files for two
     step, begun = cala.training.Trainer.step, []
     def watched(self, batch):
         begun.append(1)
@@ -93,20 +95,21 @@ def bits(folder):
 
 
 def test_two_ranks_with_half_a_batch_each_are_one_process_with_the_whole_one_for_twenty_steps(world, tmp_path, server):
-    words = lambda output: still_flags(world, output, "--cir-frame", "artemis", "--validation-frequency", 5, epochs=10)
+    words = lambda output: still_flags(world, output, "--cir-frame", "artemis", "--batch-size", 8, "--validation-frequency", 5, epochs=5)
     assert together(server, words(tmp_path / "two"), tmp_path / "said")[0] == [0, 0], [path.read_text() for path in tmp_path.glob("said.*")]
     run_command(main, words(tmp_path / "one"), prog="cala-train")
     assert compare(tmp_path / "one", tmp_path / "two") == 20
 
 
-def test_cache_pieces_and_gallery_negatives_over_ranks_are_those_of_one_process(world, tmp_path, server):
-    words = lambda output, *more: still_flags(world, output, "--encoder", "multi", "--gallery-negatives", *more, epochs=2)
-    codes, said = together(server, words(tmp_path / "two", "--accumulate", 2, "--cache", "tokens", "--cache-dir", tmp_path / "tokens"), tmp_path / "said")
-    assert codes == [0, 0], said
+def test_caches_pieces_and_gallery_negatives_over_ranks_are_those_of_one_process(world, tmp_path, server):
+    "With tokens that both ranks build, and with targets that are constant and kept as well."
+    words = lambda output, *more: still_flags(world, output, "--encoder", "multi", "--gallery-negatives", "--cache-dtype", "float32", *more, epochs=2)
     run_command(main, words(tmp_path / "one"), prog="cala-train")
-    assert compare(tmp_path / "one", tmp_path / "two") == 4
-    done = sorted(path.name for path in (tmp_path / "tokens").glob("*/done.*.jsonl"))
-    assert done == ["done.0.jsonl", "done.0.jsonl", "done.1.jsonl", "done.1.jsonl"]  # both have computed tokens, of train and of val
+    for cache, kept in (("tokens", 2), ("auto", 4)):  # auto finds the tokens
+        codes, said = together(server, words(tmp_path / cache, "--accumulate", 2, "--cache", cache, "--cache-dir", tmp_path / "kept"), tmp_path / "said")
+        assert codes == [0, 0], said
+        assert len(list((tmp_path / "kept").glob("*/about.json"))) == kept  # of train and of val
+        assert compare(tmp_path / "one", tmp_path / cache) == 4
 
 
 def test_fashioniq_is_validated_over_ranks_as_by_one(world, tmp_path, server):

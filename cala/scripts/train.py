@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/20_train.ipynb #249ff6d6
+# %% ../../nbs/20_train.ipynb #b2bc4659
 import pandas as pd
+from accelerate.state import PartialState
 
 from ..commands import command
 from ..training import Recipe
 from ..training import train
 
-# %% ../../nbs/20_train.ipynb #e646b562
+# %% ../../nbs/20_train.ipynb #2efafd93
 @command
 def main(
     recipe: Recipe, # every field is a flag
@@ -21,5 +22,6 @@ def main(
     run = train(recipe)
     found = pd.DataFrame(run.metrics).drop(columns="epoch").iloc[-1:] if run.metrics else pd.DataFrame()
     numbers = found.select_dtypes("number").round(2)
-    print(numbers.to_string(index=False))
-    print(f"{run.epochs_done} epochs; logs and checkpoints in {run.output}")
+    say = PartialState().print  # one of several ranks
+    say(numbers.to_string(index=False))
+    say(f"{run.epochs_done} epochs; logs and checkpoints in {run.output}")
