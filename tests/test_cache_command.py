@@ -11,7 +11,9 @@ from cala.commands import CalaError
 from cala.commands import run_command
 from cala.features import TokenCache
 from cala.scripts.cache import main
+from cala.scripts.combiner import main as combiner
 from cala.scripts.train import main as train
+from cala.scripts.validate import main as validate
 from small_runs import draw_small_world
 from small_runs import train_flags
 
@@ -73,6 +75,20 @@ def test_a_checkpoint_says_which_transform_and_encoder(world, tmp_path):
     assert len(plain) == 1 and len(told) == 2 and told[0].place != plain[0].place
     same, = cache(world, tmp_path / "kept", "--splits", "val", "--transform", "squarepad", "--cache", "tokens")
     assert same.place == told[0].place                                                     # the frozen trunk of a run is that of its backbone
+
+
+def test_validate_and_combiner_take_what_is_there_with_auto_and_build_nothing(world, tmp_path, capsys):
+    run_command(train, train_flags(world, tmp_path / "run", epochs=1), prog="cala-train")
+    same = ["--checkpoint", tmp_path / "run" / "last", "--data-root", world, "--cache-dir", tmp_path / "kept", "--cache"]
+    words = lambda how, *more: [str(word) for word in (*same, how, *more)]
+    judge = lambda how, name: list(run_command(validate, words(how, "--dataset", "CIRR", "--output", tmp_path / name), prog="cala-validate").values())[-1]
+    off, early = judge("off", "off"), judge("auto", "early")
+    assert early == off and not files(tmp_path / "kept") and "would not pay" in capsys.readouterr().out
+    cache(world, tmp_path / "kept", "--cache", "tokens")
+    before = files(tmp_path / "kept")
+    assert judge("auto", "late")["mean"] == pytest.approx(off["mean"], abs=3) and "are there already" in capsys.readouterr().out
+    run_command(combiner, words("auto", "--num-epochs", 1, "--projection-dim", 32, "--hidden-dim", 32, "--output", tmp_path / "combiner"), prog="cala-combiner")
+    assert files(tmp_path / "kept") == before and capsys.readouterr().out.count("are there already") == 2
 
 
 @pytest.mark.parametrize("flags, said", [(("--cache", "off"), "nothing to do"), (("--splits", ","), "--splits is empty"), (("--splits", "dev"), "no split 'dev'"),
