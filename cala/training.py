@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'BELOW', 'FACTORS', 'FRAME_FLAGS', 'COMET_TAKES', 'MAY_DIFFER', 'LOST',
            'DataRecipe', 'ModelRecipe', 'LoopRecipe', 'KeepRecipe', 'Recipe', 'run_folder', 'parameter_groups',
-           'rate_at', 'make_schedule', 'Run', 'takes', 'make_model', 'open_split', 'BatchSampler', 'rng_state',
-           'set_rng_state', 'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compile_parts', 'Trainer',
-           'check_output', 'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'height',
-           'Share', 'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
+           'rate_at', 'make_schedule', 'Run', 'takes', 'make_model', 'open_split', 'draw_triplets', 'BatchSampler',
+           'rng_state', 'set_rng_state', 'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compile_parts',
+           'Trainer', 'check_output', 'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut',
+           'height', 'Share', 'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
 
 # %% ../nbs/13_training.ipynb #81d38b72
 import io
@@ -84,6 +84,7 @@ class DataRecipe:
     data_root: str = "."             # folder that holds cirr_dataset or fashionIQ_dataset
     categories: str = "dress,shirt,toptee" # FashionIQ: which, separated by commas
     protocol: str = "original"       # FashionIQ validation gallery: original or val
+    triplets: int = None             # train on so many, drawn by the seed; None: all
     transform: str = "targetpad"     # targetpad, squarepad, plain; clip: the tower's own
     target_ratio: float = 1.25       # target pad: pad only pictures longer than this
     num_workers: int = 0             # processes that decode pictures
@@ -115,8 +116,10 @@ class ModelRecipe:
     learned_temperature: bool = False # ARTEMIS: multiply scores by the learned temperature, which the released program never applies
     projection_dim: int = None       # Combiner: width of its projections; None: 4 d
     hidden_dim: int = None           # Combiner: width of its hidden layer; None: 8 d
-    tbia_scale: float = None         # scale of the TBIA logits; None: the objective's
-    ctr_scale: float = None          # scale of the CTR logits; None: the objective's
+    features: str = None             # before the associations' dot products: raw or normalised; None: the objective's
+    padding: str = None              # of captions, in HCA: read (its result then depends on the batch) or masked; None: the objective's
+    tbia_scale: float = None         # scale of the TBIA logits; None: 10 for raw features, 100 for normalised ones
+    ctr_scale: float = None          # scale of the CTR logits; None: as TBIA's
     qtm_scale: float = None          # scale of the QTM logits of sum and combiner; None: 100
 
 # %% ../nbs/13_training.ipynb #827d2b03
@@ -160,8 +163,9 @@ class KeepRecipe:
 # %% ../nbs/13_training.ipynb #c9f8466b
 CHOICES = dict(dataset=["CIRR", "FashionIQ"], protocol=["original", "val"], encoder=["both", "multi", "text"],
                cir_frame=["sum", "artemis", "combiner"], objective=["released", "paper"], precision=["no", "bf16", "fp16"],
-               schedule=["cosine", "released", "constant"], cache=[*CACHES], cache_dtype=[*CACHE_DTYPES])
-POSITIVE = "batch_size", "num_epochs", "max_epoch", "validation_frequency", "target_ratio", "learning_rate", "neighbours", "accumulate", "rank_timeout"
+               schedule=["cosine", "released", "constant"], cache=[*CACHES], cache_dtype=[*CACHE_DTYPES],
+               features=["raw", "normalised"], padding=["read", "masked"])
+POSITIVE = "batch_size", "num_epochs", "max_epoch", "validation_frequency", "target_ratio", "learning_rate", "neighbours", "accumulate", "rank_timeout", "triplets"
 NOT_NEGATIVE = "num_workers", "seed", "weight_decay", "min_lr", "warmup", "save_steps", "hca_dropout"
 BELOW = dict(seed=2**32, hca_dropout=1)  # NumPy takes no larger seed
 
@@ -170,18 +174,20 @@ BELOW = dict(seed=2**32, hca_dropout=1)  # NumPy takes no larger seed
 class Recipe(KeepRecipe, LoopRecipe, ModelRecipe, DataRecipe):
     "How to train CaLa; every field is a flag of `cala-train`."
     def __post_init__(self):
-        for f in fields(self):
-            if f.default is None and getattr(self, f.name) in ("None", ""): setattr(self, f.name, None)
-        for key, allowed in CHOICES.items():
-            match = [choice for choice in allowed if choice.lower() == str(getattr(self, key)).lower()]
-            if not match: raise CalaError(f"--{key.replace('_', '-')} {getattr(self, key)}: choose one of {', '.join(allowed)}")
+        may_be_left_out = {f.name for f in fields(self) if f.default is None}
+        for key in may_be_left_out:
+            if getattr(self, key) in ("None", ""): setattr(self, key, None)
+        said = lambda keys: [(key, "--" + key.replace("_", "-"), getattr(self, key)) for key in keys if getattr(self, key) is not None or key not in may_be_left_out]
+        for key, flag, value in said(CHOICES):
+            match = [choice for choice in CHOICES[key] if choice.lower() == str(value).lower()]
+            if not match: raise CalaError(f"{flag} {value}: choose one of {', '.join(CHOICES[key])}")
             setattr(self, key, match[0])
-        for key in POSITIVE:
-            if not getattr(self, key) > 0: raise CalaError(f"--{key.replace('_', '-')} {getattr(self, key)}: give a number above 0")
-        for key in NOT_NEGATIVE:
-            if not getattr(self, key) >= 0: raise CalaError(f"--{key.replace('_', '-')} {getattr(self, key)}: give 0 or more")
-        for key, end in BELOW.items():
-            if not getattr(self, key) < end: raise CalaError(f"--{key.replace('_', '-')} {getattr(self, key)}: give a number below {end}")
+        for key, flag, value in said(POSITIVE):
+            if not value > 0: raise CalaError(f"{flag} {value}: give a number above 0")
+        for key, flag, value in said(NOT_NEGATIVE):
+            if not value >= 0: raise CalaError(f"{flag} {value}: give 0 or more")
+        for key, flag, value in said(BELOW):
+            if not value < BELOW[key]: raise CalaError(f"{flag} {value}: give a number below {BELOW[key]}")
 
 # %% ../nbs/13_training.ipynb #0e649df7
 def run_folder(
@@ -274,7 +280,8 @@ def make_model(
         raise CalaError(f"--embeds-dim {recipe.embeds_dim}: this {backbone.name} backbone has {backbone.dim}; leave the flag out or correct it")
     keys = {f.name for f in fields(ModelRecipe)} & set(CaLa.__init__.__code__.co_varnames)
     frame_options = {key: getattr(recipe, flag) for flag, key in FRAME_FLAGS.items() if getattr(recipe, flag)}
-    model = CaLa(backbone, **{key: getattr(recipe, key) for key in keys}, frame_options=frame_options)
+    said = {key: None if value is None else value == yes for key, value, yes in (("normalise", recipe.features, "normalised"), ("mask_padding", recipe.padding, "masked"))}
+    model = CaLa(backbone, **{key: getattr(recipe, key) for key in keys}, **said, frame_options=frame_options)
     backbone.fine_tune(recipe.encoder)
     return model
 
@@ -289,6 +296,19 @@ def open_split(
     apart = [[word] for word in categories] if recipe.dataset == "FashionIQ" and split != "train" else [categories]
     options = dict(protocol=recipe.protocol, keep=recipe.keep_pictures, seed=recipe.seed)
     return [open_dataset(recipe.dataset, recipe.data_root, split, transform, categories=words, **options) for words in apart]
+
+# %% ../nbs/13_training.ipynb #15b367a1
+def draw_triplets(
+    data,         # CIRR or FashionIQ, changed in place
+    count: int,   # how many; None: all
+    seed: int,    # which
+):                # the data set itself
+    "Keep `count` triplets, in their order."
+    if count is None: return data
+    if count > len(data): raise CalaError(f"--triplets {count}: {data.name} {data.split} has {len(data)}")
+    data.triplets = [data.triplets[i] for i in sorted(random.Random(f"triplets {seed}").sample(range(len(data)), count))]
+    data._index()
+    return data
 
 # %% ../nbs/13_training.ipynb #00efdcfa
 class BatchSampler(Sampler):
@@ -458,6 +478,7 @@ def open(self: Trainer):
     transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
     (self.data,), self.validation = open_split(recipe, "train", transform), open_split(recipe, "val", transform)
     for data in (self.data, *self.validation): data.require_pictures(allow_missing=recipe.allow_missing)
+    draw_triplets(self.data, recipe.triplets, recipe.seed)
     self.cache(model)
     if recipe.gallery_negatives: self.fill_bank(model)
     self.loader = make_loader(self.data, recipe, accelerator.num_processes, accelerator.process_index)
