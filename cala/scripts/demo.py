@@ -46,6 +46,7 @@ from ..retrieval import image_only
 from ..retrieval import measure
 from ..retrieval import text_only
 from ..retrieval import top_k
+from ..training import RECIPES
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
@@ -58,17 +59,18 @@ class Demo:
     size: int = 1800             # groups of six scenes to train on; garments a category for fashioniq
     width: int = 128             # d of the tiny backbone
     stage1_steps: int = 400      # of image-text contrast
-    epochs: int = 4              # of stage 2
+    epochs: int = 5              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
     learning_rate: float = 3e-3  # learning rate of stage 2
-    objective: str = "released"  # of the CaLa row: released or paper
+    recipe: str = "cala"         # of the CaLa row: cala, released or paper
     seed: int = 0                # of world, weights and order
     threads: int = 1             # torch threads of each process
     report: bool = True          # write report.html
 
     def __post_init__(self):
         if self.world not in ("cirr", "fashioniq"): raise CalaError(f"--world {self.world}: choose cirr or fashioniq")
+        if self.recipe not in RECIPES: raise CalaError(f"--recipe {self.recipe}: choose one of {', '.join(RECIPES)}")
 
 # %% ../../nbs/25_demo.ipynb #5923bf93
 def made_with(
@@ -152,7 +154,7 @@ def commands(
     same = ["--dataset", NAMES[demo.world], "--data-root", root, "--encoder-arch", "tiny", "--backbone-weights", weights,
             "--num-epochs", demo.epochs, "--max-epoch", demo.epochs, "--batch-size", demo.batch_size, "--learning-rate", rate,
             "--warmup", 0.2, "--validation-frequency", demo.epochs, "--seed", demo.seed, "--cache", "tokens", "--cache-dir", folder / "tokens",
-            "--objective", demo.objective]
+            "--recipe", demo.recipe]
     alone = ["--tac-weight", 0, "--hca-weight", 0, "--alpha", 0, "--beta", 0]
     runs = {"qtm": [*same, *alone], "cala": same}
     return {name: [str(word) for word in [*words, "--output", folder / name, "--experiment-name", name]] for name, words in runs.items()}
