@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'RELEASED', 'PAPER', 'MAIN', 'BASE', 'WORLDS', 'KEPT', 'STAG
            'open_kept', 'trained', 'run_job', 'prepare', 'keep_row', 'everywhere', 'collect', 'paired', 'bootstrap',
            'effects', 'forest', 'compared', 'main']
 
-# %% ../../nbs/29_ablation.ipynb #cb5919eb
+# %% ../../nbs/29_ablation.ipynb #e68cdd5f
 import json
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/29_ablation.ipynb #df983657
+# %% ../../nbs/29_ablation.ipynb #ccfa7b63
 from ..commands import CalaError
 from ..commands import command
 from ..data import collate
@@ -57,7 +57,7 @@ from ..training import Trainer
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/29_ablation.ipynb #733d6543
+# %% ../../nbs/29_ablation.ipynb #eff26cba
 @dataclass
 class Ablation:
     "Many short trainings that differ in one thing each; a CSV row a run."
@@ -79,7 +79,7 @@ def _some(given, known, flag):
     if not words or not set(words) <= set(known): raise CalaError(f"{flag} {given}: give some of {', '.join(known)}")
     return words
 
-# %% ../../nbs/29_ablation.ipynb #67cfaa2c
+# %% ../../nbs/29_ablation.ipynb #7d249a65
 ALONE = dict(objective="paper", alpha=0., beta=0.)
 RELEASED = {"+TBIA": [(0., .1)], "+CTR": [(.45, 0.), (.1, 0.)], "both": [(.45, .1)]}  # tac_weight, hca_weight
 PAPER = {"+TBIA": [(.1, 0.), (.3, 0.)], "+CTR": [(0., .1), (0., .3)], "both": [(.1, .1), (.3, .1)]}      # alpha, beta
@@ -93,10 +93,10 @@ def arms() -> dict:  # name -> flags
                 for pair in weights: found[f"{name} {objective} {features} {pair[0]:g}/{pair[1]:g}"] = dict(objective=objective, features=features, **dict(zip(keys, pair)))
     return found
 
-# %% ../../nbs/29_ablation.ipynb #006663b8
+# %% ../../nbs/29_ablation.ipynb #d229a52c
 MAIN = "QTM", "+TBIA paper normalised 0.3/0", "+CTR paper normalised 0/0.1", "both paper normalised 0.3/0.1", "both released raw 0.45/0.1"
 
-# %% ../../nbs/29_ablation.ipynb #182cad4c
+# %% ../../nbs/29_ablation.ipynb #1ef87a74
 BASE = dict(encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3)
 WORLDS = dict(cirr={}, fashioniq=dict(triplets=300, num_epochs=26))  # FashionIQ's drawn galleries are smaller, and easy with a thousand triplets
 
@@ -122,7 +122,7 @@ def settings(
     reasons = {"reasons": Setting(dict(validation_frequency=1), (*MAIN, "+CTR released raw 0.45/0", "both released normalised 0.45/0.1"), seeds=3)}
     return dict(table=table, reasons=reasons, regimes=few | spoilt | more, slice=dict(both=Setting({}, MAIN, worlds=bench.worlds, seeds=2)))
 
-# %% ../../nbs/29_ablation.ipynb #767dbe90
+# %% ../../nbs/29_ablation.ipynb #ebe3b67c
 class Job(NamedTuple):
     "One run."
     setting: str
@@ -143,7 +143,7 @@ def jobs(
     return [Job(name, world, seed, arm, BASE | WORLDS[world] | s.flags | flags[arm], s.spoil) for seed in range(bench.seeds) for part in bench.parts
             for name, s in chosen[part].items() if seed < s.seeds for world in s.worlds for arm in s.arms]
 
-# %% ../../nbs/29_ablation.ipynb #21d46bd6
+# %% ../../nbs/29_ablation.ipynb #566300c8
 KEPT, STAGE1 = 1000, 2000  # added to a seed: the world that is kept for the report; the world of stage 1
 
 def draw_world(
@@ -159,7 +159,7 @@ def draw_world(
     else: draw_fashioniq(root, train=int(500 * train), val=250 * val, test=0, seed=seed)
     return spoilt(root, spoil, seed) if spoil else root
 
-# %% ../../nbs/29_ablation.ipynb #30fb7ba9
+# %% ../../nbs/29_ablation.ipynb #b31d892d
 def spoilt(
     root: Path,   # of a CIRR world
     how: str,     # partial: half of the words are gone; swapped: three in ten sentences belong to other pairs
@@ -177,7 +177,7 @@ def spoilt(
     write_atomically(path, json.dumps(rows).encode()); note_made(copy, dict(spoilt=how))
     return copy
 
-# %% ../../nbs/29_ablation.ipynb #fc03573c
+# %% ../../nbs/29_ablation.ipynb #8296390b
 def stage1(
     folder: Path,      # of the ablation
     world: str,        # cirr or fashioniq
@@ -194,7 +194,7 @@ def stage1(
     path.parent.mkdir(parents=True, exist_ok=True); save_backbone(backbone, path); note_made(path, made)
     return path
 
-# %% ../../nbs/29_ablation.ipynb #fb27a611
+# %% ../../nbs/29_ablation.ipynb #91332b9d
 def recipe_of(
     job: Job,
     folder: Path,  # of the ablation
@@ -216,7 +216,7 @@ def spoken_recipe(
     said = {key: value for key, value in vars(recipe).items() if (value != getattr(plain, key) or key in always) and key not in skip}
     return "cala-train " + shlex.join(word for key, value in said.items() for word in (["--" + "no-" * (value is False) + key.replace("_", "-")] + [str(value)] * (not isinstance(value, bool))))
 
-# %% ../../nbs/29_ablation.ipynb #1bb53ed2
+# %% ../../nbs/29_ablation.ipynb #eecdc014
 def open_kept(
     folder: Path,  # of the ablation
     world: str,
@@ -242,7 +242,7 @@ def trained(
     def look(row):
         if job.setting != "reasons" or row.get("step") not in WATCHED: return
         data = trainer.validation[0]
-        batch = collate([data[i] for i in range(0, len(data), len(data) // 64)][:64])
+        batch = collate([data[i] for i in range(0, len(data), max(1, len(data) // 64))][:64])
         looked.append(dict(world=job.world, seed=job.seed, arm=job.arm, step=row["step"]) | probe(trainer.core, batch.reference, batch.captions, batch.target))
     trainer = Trainer(recipe_of(job, folder, place), look)
     trainer.go(progress=False)
@@ -265,7 +265,7 @@ def run_job(
     row |= {f"end_{name}": round(value, 4) for name, value in ends.items()} | dict(curve=" ".join(f"{r[key]:.1f}" for r in run.metrics), seconds=round(took, 1), recipe=spoken_recipe(run.recipe, job.flags))
     return row, looked
 
-# %% ../../nbs/29_ablation.ipynb #27ef9c5e
+# %% ../../nbs/29_ablation.ipynb #edf337e1
 def prepare(
     world: str,
     seed: int,
@@ -288,7 +288,7 @@ def keep_row(
     row, looked = run_job(job, folder)
     write_atomically(folder / "rows" / f"{job.name}.json", json.dumps(dict(row=row, probes=looked)).encode())
 
-# %% ../../nbs/29_ablation.ipynb #6ee93be9
+# %% ../../nbs/29_ablation.ipynb #2822f48b
 def everywhere(
     work,           # a function of this module
     todo: list,     # its arguments, a tuple a call
@@ -314,7 +314,7 @@ def collect(
     probes = pd.DataFrame([row for one in found for row in one["probes"]])
     return pd.DataFrame([one["row"] for one in found]).sort_values(**order), probes if probes.empty else probes.sort_values(["world", "seed", "arm", "step"], ignore_index=True)
 
-# %% ../../nbs/29_ablation.ipynb #acaa17ba
+# %% ../../nbs/29_ablation.ipynb #54d1b5a3
 def paired(
     rows: pd.DataFrame,           # of `collect`
     metric: str = "kept_mean",    # a column
@@ -342,7 +342,7 @@ def effects(
     def summed(d): return pd.Series(dict(mean=d.mean(), deviation=d.std(), **dict(zip(("low", "high"), bootstrap(d))), above=(d > 0).sum(), seeds=len(d)))
     return paired(rows, metric).groupby(["setting", "world", "arm"]).difference.apply(summed).unstack().astype(dict(above=int, seeds=int)).reset_index()
 
-# %% ../../nbs/29_ablation.ipynb #9ece6523
+# %% ../../nbs/29_ablation.ipynb #3a61c868
 def forest(
     found: pd.DataFrame,  # of `effects`, of one setting
     each: pd.DataFrame,   # of `paired`, of the same
@@ -363,7 +363,7 @@ def forest(
         fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../../nbs/29_ablation.ipynb #cb78cd61
+# %% ../../nbs/29_ablation.ipynb #6ca50663
 def compared(
     ours: pd.DataFrame,    # rows
     theirs: pd.DataFrame,  # rows of more seeds
@@ -375,7 +375,7 @@ def compared(
     both["allowed"] = 3 * both.deviation_theirs * (1 / both.seeds + 1 / both.seeds_theirs) ** .5
     return both.assign(agrees=(both["mean"] - both.mean_theirs).abs() <= both.allowed)[[*place, "mean", "mean_theirs", "allowed", "agrees"]]
 
-# %% ../../nbs/29_ablation.ipynb #e648aa55
+# %% ../../nbs/29_ablation.ipynb #b0af1947
 @command
 def main(
     bench: Ablation, # every field is a flag
