@@ -123,6 +123,9 @@ def tokens(
     with torch.no_grad(): return self.backbone.trunk(x)
 
 # %% ../nbs/10_model.ipynb #9f427bbd
+def _side_by_side(one, other):
+    with torch.autocast(one.device.type, enabled=False): return torch.cat([one, other])
+
 @patch
 def embed(
     self: CaLa,
@@ -132,10 +135,10 @@ def embed(
 ) -> tuple:                  # F_r, F_c, F_t and F'_r as Embeddings; F'_r is None without CTR
     "All embeddings that a training step needs."
     if isinstance(target, Embedding): return self.backbone.query(reference.tokens, captions), self.backbone.text(captions), target, reference.image
-    V_r, V_t = self.tokens(torch.cat([reference, target])).chunk(2)
+    V_r, V_t = self.tokens(_side_by_side(reference, target)).chunk(2)
     F_r, F_c = self.backbone.query(V_r, captions), self.backbone.text(captions)
     if self.tac is None: return F_r, F_c, self.backbone.image(V_t), None
-    both = self.backbone.image(torch.cat([V_r, V_t]))
+    both = self.backbone.image(_side_by_side(V_r, V_t))
     halves = [part.chunk(2) for part in both]
     return F_r, F_c, type(both)(*(h[1] for h in halves)), type(both)(*(h[0] for h in halves))
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Subset
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from .commands import CalaError
@@ -37,8 +38,11 @@ from .model import write_atomically
 # %% ../nbs/11_retrieval.ipynb #dc966ad4
 def _tally(scores, bar):
     "How many of each row (Q, N) are above its bar (Q,), and how many equal it: (Q,) long each."
-    rows = max(1, 2**18 // max(1, scores.shape[1]))
-    parts = [[(compare(s, b)).sum(1, dtype=torch.int32) for compare in (torch.gt, torch.eq)] for s, b in zip(scores.split(rows), bar[:, None].split(rows))]
+    if scores.shape[1] > 2**24: return [sum(parts) for parts in zip(*(_tally(part, bar) for part in scores.split(2**24, 1)))]
+    rows, parts = max(1, 2**18 // max(1, scores.shape[1])), []
+    hits = torch.empty(min(rows, len(scores)), scores.shape[1], device=scores.device)
+    for s, b in zip(scores.detach().split(rows), bar.detach()[:, None].split(rows)):
+        parts.append([compare(s, b, out=hits[:len(s)]).sum(1) for compare in (torch.gt, torch.eq)])
     return [torch.cat(part).long() for part in zip(*parts)]
 
 # %% ../nbs/11_retrieval.ipynb #f8daf74d
@@ -167,7 +171,7 @@ def _pick(found, wanted, first, scores):
 def at(self: Tiles, wanted: Tensor) -> Tensor:
     "The scores at positions (q, m), from the tiles that hold them and no others."
     found = torch.empty(wanted.shape, device=self.device)
-    for first in sorted({int(p) // self.block * self.block for p in wanted.unique()}): _pick(found, wanted, first, self.tile(first))
+    for first in ((wanted // self.block).unique() * self.block).tolist(): _pick(found, wanted, first, self.tile(first))
     return found
 
 # %% ../nbs/11_retrieval.ipynb #5dc09838
@@ -220,11 +224,13 @@ def rank_queries(
     if groups is not None and not (groups == targets[:, None]).any(1).all(): raise CalaError("a target is not in its own group; check the annotations (img_set members)")
     if hasattr(gallery, "search"): raise CalaError("a rank counts every picture, and an index only finds the nearest; give the features themselves")
     rows, block = _cuts(len(reference), len(gallery), held)
-    order, parts = targets.argsort(stable=True), []
+    whole, parts = block >= len(gallery), []
+    order = torch.arange(len(targets)) if whole else targets.argsort(stable=True).cpu()
+    cut = lambda x, some: x[some[0]:some[-1] + 1] if whole and len(some) else x[some.to(x.device)]
     with evaluating(frame):
         for some in order.split(rows):
-            tiles = Tiles(frame, *(x[some.to(x.device)] for x in (reference, text)), gallery, block)
-            part = _rank_some(tiles, *(None if p is None else p[some].to(reference.device) for p in (targets, exclude, groups)))
+            tiles = Tiles(frame, cut(reference, some), cut(text, some), gallery, block)
+            part = _rank_some(tiles, *(None if p is None else cut(p, some).to(reference.device) for p in (targets, exclude, groups)))
             parts.append([p.cpu() for p in part])
     return Ranks(*(torch.cat(p)[order.argsort()] for p in zip(*parts)))
 
@@ -331,9 +337,12 @@ def open(cls: FaissGallery, path: str, looks: int = 8) -> FaissGallery:
     return self
 
 # %% ../nbs/11_retrieval.ipynb #4c4e5790
+def _stacked(items):
+    with torch.autocast("cpu", enabled=False): return default_collate(items)  # which cannot stack tokens in half precision
+
 def _batches(pictures, batch_size, device, workers=0, bar=""):
     "Pictures (B, 3, H, W) or cached tokens (B, N, w) in batches, on the device; `bar` is the title of a progress bar."
-    loader = DataLoader(pictures, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_stacked, pin_memory=device.type == "cuda")
     try:
         for batch in tqdm(loader, bar, disable=not bar, leave=False): yield batch.to(device, non_blocking=True)
     except CalaError as error: raise CalaError(str(error).split("CalaError: ")[-1].strip()) from None

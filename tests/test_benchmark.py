@@ -1,11 +1,15 @@
 "The benchmark: equal maths at every level, a form of JSON that does not change, and parts that can be asked for alone."
 import json
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+import cala.scripts.benchmark
 from cala.commands import CalaError
 from cala.commands import run_command
+from cala.scripts.benchmark import PARTS
 from cala.scripts.benchmark import Benchmark
 from cala.scripts.benchmark import apart
 from cala.scripts.benchmark import artemis_loop
@@ -14,7 +18,9 @@ from cala.scripts.benchmark import draw_apart
 from cala.scripts.benchmark import levels
 from cala.scripts.benchmark import main
 from cala.scripts.benchmark import make_benchmark_model
+from cala.scripts.benchmark import measure_epoch
 from cala.scripts.benchmark import measure_ranking
+from cala.scripts.benchmark import measure_steps
 from cala.scripts.benchmark import open_world
 from cala.scripts.benchmark import ranking_problem
 
@@ -34,7 +40,7 @@ def data(bench, model, tmp_path_factory): return open_world(bench, model, tmp_pa
 
 
 def first_and_others(bench, model, data, folder, mode):
-    "{level: (loss, gradients, FLOP)}, the released layout first."
+    "{level: Compared}, the released layout first."
     model.backbone.fine_tune(mode)
     found = {}
     for name, (layout, fetch) in levels(bench, model, data, folder).items():
@@ -47,22 +53,24 @@ def first_and_others(bench, model, data, folder, mode):
 def test_each_level_has_the_released_layouts_loss_and_gradients_and_less_to_do(bench, model, data, tmp_path, mode, names):
     found = first_and_others(bench, model, data, tmp_path, mode)
     assert list(found) == names
-    loss, gradients, flops = found["released"]
+    first = before = found["released"]
     for name in names[1:]:
-        other, theirs, fewer = found[name]
-        assert other == pytest.approx(loss, abs=1e-4) and theirs.keys() == gradients.keys() and apart(theirs, gradients) < 1e-3
-        assert fewer < flops
-        flops = fewer
+        other = found[name]
+        assert other.loss == pytest.approx(first.loss, abs=1e-4) and other.gradients.keys() == first.gradients.keys() and apart(other.gradients, first.gradients) < 1e-3
+        assert other.flops < before.flops
+        before = other
+    trunks = [found[name].trunk for name in names]                                         # three pictures a triplet, two, none
+    assert trunks[0] * 2 == trunks[1] * 3 > 0 and not any(trunks[2:]) and first.flops - first.trunk > 0
 
 
 @pytest.mark.parametrize("spoil", ["visual", "multimodal", "textual"])
 def test_the_comparison_sees_a_wrong_role(bench, model, data, tmp_path, spoil):
     roles = ["visual", "multimodal", "textual"]
-    loss, gradients, _ = first_and_others(bench, model, data, tmp_path, "both")["shared trunk"]
+    loss = first_and_others(bench, model, data, tmp_path, "both")["shared trunk"].loss
     right, wrong = (getattr(model.backbone, role) for role in (spoil, roles[roles.index(spoil) - 1]))
     try:
         setattr(model.backbone, spoil, wrong)
-        assert abs(compared(bench, model, levels(bench, model, data, tmp_path)["shared trunk"][1], CPU)[0] - loss) > 1e-2
+        assert abs(compared(bench, model, levels(bench, model, data, tmp_path)["shared trunk"][1], CPU).loss - loss) > 1e-2
     finally: setattr(model.backbone, spoil, right)
 
 
@@ -80,6 +88,34 @@ def test_equal_seeds_draw_equal_weights(bench, model):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     draw_apart(other, 1)
     assert not torch.equal(model.backbone.visual.Qformer.bert.encoder.layer[0].attention.self.query.weight, other.backbone.visual.Qformer.bert.encoder.layer[0].attention.self.query.weight)
+
+
+def test_the_table_says_how_far_gradients_are_and_sees_one_that_is_wrong(bench, model, data, tmp_path, monkeypatch):
+    once = Benchmark(device="cpu", repeats=1, modes="multi")
+    assert measure_steps(once, model, data, tmp_path, CPU).gradients.max() < 1e-3
+    true = cala.scripts.benchmark.step
+    def wrong(bench, model, fetch, device):
+        loss = true(bench, model, fetch, device)
+        if "embed" not in vars(model): model.backbone.multimodal.query_tokens.grad.mul_(1.01)  # everywhere but in the released layout
+        return loss
+    monkeypatch.setattr("cala.scripts.benchmark.step", wrong)
+    assert measure_steps(once, model, data, tmp_path, CPU).gradients.tolist() == pytest.approx([0, .01, .01, .01], abs=1e-3)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("mode", ["both", "multi"])
+def test_an_epoch_sees_every_triplet_and_both_layouts_have_equal_recalls(model, tmp_path, monkeypatch, mode):
+    seen, true = [], cala.scripts.benchmark.step
+    def watched(bench, model, fetch, device):
+        batch = fetch()
+        seen.append(("embed" in vars(model), len(batch.captions), type(batch.target).__name__))
+        return true(bench, model, lambda: batch, device)
+    monkeypatch.setattr("cala.scripts.benchmark.step", watched)
+    row, = measure_epoch(Benchmark(device="cpu", triplets=30, batch_size=8, modes=mode), model, tmp_path, CPU).to_dict("records")
+    for released, kind in ((True, "Tensor"), (False, "Tensor" if mode == "both" else "Embedding")):
+        sizes = [size for layout, size, what in seen if layout == released and what == kind]
+        assert sizes == [8, 8, 8, 8, 6]                                                    # one to warm up, then all 30
+    assert row["recalls"] == 0 and row["triplets"] == 30 and row["ratio"] == pytest.approx((row["released_training"] + row["released_validation"]) / (row["ours_training"] + row["ours_validation"]))
 
 
 def test_ranking_by_names_and_by_counting_have_equal_recalls(bench):
@@ -120,6 +156,38 @@ def test_a_part_can_be_asked_for_alone(tmp_path):
     main(Benchmark(device="cpu", repeats=1, only="ranking", output=str(tmp_path)))
     said = json.loads((tmp_path / "benchmark.json").read_text())
     assert said["levels"] == [] and "artemis" not in said and said["ranking"]["ratio"] > 0
+
+
+def test_an_epoch_is_measured_when_it_is_named(tmp_path, capsys):
+    main(Benchmark(device="cpu", repeats=1, only="epoch", modes="multi", triplets=10, output=str(tmp_path)))
+    printed = capsys.readouterr().out
+    assert "an epoch of 10 triplets with --encoder multi" in printed and "recalls within 0;" in printed and "caches built in" in printed
+
+
+def test_the_words_for_a_gpu_run_on_a_cpu_at_reduced_shapes(tmp_path, capsys):
+    "The twin of the notebook's cell for a graphics card: bf16 trunk and autocast, every part, whole epochs."
+    notebook = json.loads((Path(__file__).parent.parent / "nbs/27_benchmark.ipynb").read_text())
+    line, = (line for cell in notebook["cells"] if cell["source"][:1] == ["#| cuda\n"] for line in cell["source"] if line.startswith("main("))
+    words = dict(size="small", batch_size=4, device="cpu", repeats=1, triplets=10, output=str(tmp_path))
+    wanted = eval(line.rstrip(";").replace("main(", "dict(bench=").replace("Benchmark(", "dict("), dict(PARTS=PARTS))["bench"]
+    main(Benchmark(**wanted | words))
+    printed = capsys.readouterr().out
+    for word in ("cached targets", "of peak", "recalls equal", "ARTEMIS", "a picture:", "an epoch of 10 triplets with --encoder both", "an epoch of 10 triplets with --encoder multi"): assert word in printed
+    for mode, rows in pd.read_csv(tmp_path / "benchmark.csv").groupby("mode"): assert rows.loss.max() - rows.loss.min() < .05 * rows.loss.max(), mode  # half precision rounds
+
+
+def test_the_committed_figures_have_the_agreed_form_and_are_those_that_readme_cites():
+    root = Path(__file__).parent.parent
+    said = json.loads((root / "nbs/images/benchmark.json").read_text())
+    assert list(said) == ["device", "versions", "command", "levels", "ranking", "artemis"] and said["command"].startswith("python -m cala.scripts.benchmark --size full")
+    assert list(said["ranking"]) == list(said["artemis"]) == ["ratio"] and all(list(row) == ["mode", "level", "seconds", "loss", "ratio"] for row in said["levels"])
+    readme = (root / "README.md").read_text()
+    assert said["command"] in readme and said["device"] in readme
+    for row in said["levels"]:
+        first = next(other for other in said["levels"] if other["mode"] == row["mode"])
+        assert row["loss"] == pytest.approx(first["loss"], abs=1e-4) and row["ratio"] == pytest.approx(first["seconds"] / row["seconds"])
+        assert f"| {row['mode']} | {row['level']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in readme
+    assert f"{said['ranking']['ratio']:.1f} times" in readme and f"{said['artemis']['ratio']:.1f} times" in readme
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):

@@ -9,11 +9,18 @@ from accelerate import PartialState
 
 from cala.commands import CalaError
 from cala.commands import run_command
+from cala.data import CIRR
+from cala.encoders import make_backbone
+from cala.encoders import read_vocabulary
 from cala.features import TokenCache
+from cala.model import CaLa
+from cala.model import save_checkpoint
 from cala.scripts.cache import main
+from cala.scripts.cirr_submission import main as submission
 from cala.scripts.combiner import main as combiner
 from cala.scripts.train import main as train
 from cala.scripts.validate import main as validate
+from cala.worlds import draw_cirr
 from small_runs import draw_small_world
 from small_runs import train_flags
 
@@ -89,6 +96,18 @@ def test_validate_and_combiner_take_what_is_there_with_auto_and_build_nothing(wo
     assert judge("auto", "late")["mean"] == pytest.approx(off["mean"], abs=3) and "are there already" in capsys.readouterr().out
     run_command(combiner, words("auto", "--num-epochs", 1, "--projection-dim", 32, "--hidden-dim", 32, "--output", tmp_path / "combiner"), prog="cala-combiner")
     assert files(tmp_path / "kept") == before and capsys.readouterr().out.count("are there already") == 2
+
+
+def test_a_submission_from_cached_tokens_is_that_from_pictures(tmp_path, capsys):
+    root = draw_cirr(tmp_path, train=2, val=1, test1=9, size=48)                               # 54 pictures: a submission names 50
+    backbone = make_backbone("tiny", vocabulary=read_vocabulary([text for triplet in CIRR(root, "test1").triplets for text in triplet.captions]), width=32, heads=2, layers=2)
+    save_checkpoint(CaLa(backbone), tmp_path / "best")
+    same = ["--checkpoint", tmp_path / "best", "--data-root", root, "--device", "cpu", "--cache-dir", tmp_path / "kept", "--cache-dtype", "float32"]
+    write = lambda how: [path.read_bytes() for path in run_command(submission, [str(word) for word in (*same, "--cache", how, "--output", tmp_path / how)], prog="cala-cirr-submission")]
+    off, tokens = write("off"), write("tokens")
+    assert tokens == off and len(files(tmp_path / "kept")) == 1                                # 54 pictures in a file
+    capsys.readouterr()
+    assert write("auto") == off and "are there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, said", [(("--cache", "off"), "nothing to do"), (("--splits", ","), "--splits is empty"), (("--splits", "dev"), "no split 'dev'"),

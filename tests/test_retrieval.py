@@ -1,5 +1,8 @@
 """Ranks, metrics and submission files, against slow and plain versions of themselves."""
 import json
+import os
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -161,6 +164,33 @@ def test_memory_grows_neither_with_queries_times_pictures_nor_with_the_gallery(n
     for small, large in zip(*peaks.values()):
         assert large < 10 * 4 * held < 4 * 50 * 4_000                                # some tiles; even the smaller table is larger
         assert large < 2 * small                                                      # with 4 times the queries and 16 times the table
+
+
+IN_LITTLE_MEMORY = """
+import sys, torch
+from resource import RLIMIT_DATA, setrlimit
+from cala.composition import make_frame
+from cala.retrieval import rank_queries, target_ranks, top_k
+name, how = sys.argv[1:]
+torch.manual_seed(0)
+frame, gallery, ask, targets = make_frame(name, 16).eval(), torch.randn(100_000, 16).half(), torch.randn(2500, 16), torch.arange(2500)
+some = frame.scores(ask[:9], ask[:9], gallery[:9])                                    # threads and buffers of the library are there
+now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+setrlimit(RLIMIT_DATA, (now + 400 * 10**6,) * 2)
+with torch.no_grad():
+    if how == "table": target_ranks(frame.scores(ask, ask, gallery), targets)
+    else: assert len(rank_queries(frame, ask, ask, gallery, targets).rank) == len(top_k(frame, ask, ask, gallery, 50).positions) == 2500
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on private memory is Linux's")
+@pytest.mark.parametrize("name", ["sum", "artemis"])
+@pytest.mark.parametrize("how", ["table", "tiles"])
+def test_a_process_that_may_not_hold_the_table_ranks_without_it(name, how):
+    "A table of 1 GB, and 0.4 GB of memory: the table is refused, so the limit holds; ranks and the first 50 are found."
+    done = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY, name, how], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if how == "table": assert done.returncode == 1 and "allocate memory" in done.stderr, done.stderr
+    else: assert done.returncode == 0, done.stderr
 
 
 def test_a_long_gallery_ranks_like_the_whole_table():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Benchmark', 'finish', 'timed', 'peak_memory', 'best_flops', 'draw_apart', 'make_benchmark_model',
-           'open_world', 'released_embed', 'released_layout', 'levels', 'step', 'compared', 'apart', 'measure_level',
-           'measure_steps', 'measure_optimizer', 'ranking_by_names', 'ranking_problem', 'measure_ranking',
-           'artemis_loop', 'measure_artemis', 'measure_loading', 'machine', 'words_of', 'measure_all', 'summary',
+           'open_world', 'released_embed', 'released_layout', 'levels', 'step', 'Compared', 'compared', 'apart',
+           'measure_level', 'measure_steps', 'measure_optimizer', 'ranking_by_names', 'ranking_problem',
+           'measure_ranking', 'artemis_loop', 'measure_artemis', 'measure_loading', 'epoch_world', 'one_epoch',
+           'validation_by_names', 'kept_on_disk', 'measure_epoch', 'machine', 'words_of', 'measure_all', 'summary',
            'level_table', 'sentences', 'figure', 'save_figure', 'main']
 
 # %% ../../nbs/27_benchmark.ipynb #0ca21333
@@ -23,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from time import sleep
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/27_benchmark.ipynb #ab609627
@@ -44,6 +46,7 @@ from ..encoders import make_backbone
 from ..features import TargetSide
 from ..features import cache_targets
 from ..features import cache_tokens
+from ..features import native_dtype
 from ..features import spoken
 from ..features import use_cache
 from ..features import use_targets
@@ -52,6 +55,8 @@ from ..model import write_atomically
 from ..objectives import contrast
 from ..retrieval import GALLERY_AT
 from ..retrieval import GROUP_AT
+from ..retrieval import embed
+from ..retrieval import evaluate
 from ..retrieval import evaluating
 from ..retrieval import rank_queries
 from ..retrieval import recalls
@@ -59,7 +64,7 @@ from .validate import find_device
 from ..worlds import draw_cirr
 
 # %% ../../nbs/27_benchmark.ipynb #67d8857a
-PARTS = ("steps", "optimizer", "ranking", "artemis", "loading")
+PARTS = ("steps", "optimizer", "ranking", "artemis", "loading", "epoch")
 
 @dataclass
 class Benchmark:
@@ -70,7 +75,8 @@ class Benchmark:
     precision: str = "no"       # no (float32) or bf16 (autocast, and the trunk)
     repeats: int = 3            # of each measurement, after a warm-up; the median counts
     modes: str = "both,multi"   # of --encoder: both, multi, text
-    only: str = ",".join(PARTS) # some of them, separated by commas
+    only: str = ",".join(PARTS[:-1]) # some of them, separated by commas; epoch takes longest and is done if it is named
+    triplets: int = 60          # of the epoch's training split; validation has CIRR's share of that
     peak: float = None          # TFLOP/s of the device as its maker says; None: a large matrix product is timed
     seed: int = 0               # of weights, world and features
     output: str = "benchmark"   # folder of benchmark.json, benchmark.csv and benchmark.png
@@ -82,7 +88,7 @@ class Benchmark:
             given = getattr(self, key).replace(",", " ").split()
             if not given or not set(given) <= set(known): raise CalaError(f"--{key} {getattr(self, key)}: give some of {', '.join(known)}")
             setattr(self, key, tuple(given))
-        for key in ("batch_size", "repeats"):
+        for key in ("batch_size", "repeats", "triplets"):
             if getattr(self, key) < 1: raise CalaError(f"--{key.replace('_', '-')} {getattr(self, key)}: give 1 or more")
 
 # %% ../../nbs/27_benchmark.ipynb #0623243e
@@ -234,20 +240,29 @@ def step(
     return loss.detach()
 
 # %% ../../nbs/27_benchmark.ipynb #01505468
+class Compared(NamedTuple):
+    "One batch without dropout."
+    loss: float
+    gradients: dict  # by parameter, without those of ln_vision, which nothing uses
+    flops: int       # forward and backward
+    trunk: int       # how many of them in vision trunks
+
 def compared(
     bench: Benchmark,
     model: CaLa,           # in the layout of a level
     fetch,                 # from `levels`
     device: torch.device,
-) -> tuple:                # loss, {parameter: gradient}, FLOP
+) -> Compared:
     "Loss, gradients and arithmetic of one batch without dropout."
     model.eval().zero_grad(set_to_none=True)
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, trunk = torch.backends.mha.get_fastpath_enabled(), type(model.backbone.trunk).__name__
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter: loss = step(bench, model, fetch, device)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "ln_vision" not in name}, counter.get_total_flops()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "ln_vision" not in name}
+    in_trunks = sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.split(".")[-1] in ("trunk", trunk))
+    return Compared(loss.item(), gradients, counter.get_total_flops(), in_trunks)
 
 # %% ../../nbs/27_benchmark.ipynb #d247aa79
 def apart(
@@ -260,17 +275,20 @@ def apart(
     return max(float((gradients[name] - g).norm() / own(g)) for name, g in others.items())
 
 # %% ../../nbs/27_benchmark.ipynb #3057830c
-def measure_level(bench, model, layout, fetch, device):
-    "Seconds, loss, FLOP and peak memory of one level."
+def measure_level(bench, model, layout, fetch, device, first):
+    "Seconds, loss, gradients, FLOP and peak memory of one level; `first` is the file of the mode's first gradients."
     def once():
         model.zero_grad(set_to_none=True)
         step(bench, model, fetch, device)
     with layout(model):
-        loss, _, flops = compared(bench, model, fetch, device)
+        loss, gradients, flops, trunk = compared(bench, model, fetch, device)
+        if not first.exists(): torch.save(gradients, first)
+        off = apart(gradients, torch.load(first, device, mmap=True, weights_only=True))
+        del gradients
         model.train()
-        with peak_memory(device) as memory: seconds = timed(once, device, bench.repeats)
+        with peak_memory(device) as memory: seconds = timed(once, device, bench.repeats, warm=False)
     model.zero_grad(set_to_none=True)
-    return dict(seconds=seconds, loss=loss, flops=flops, memory=memory["bytes"])
+    return dict(seconds=seconds, loss=loss, gradients=off, flops=flops, trunk=trunk, memory=memory["bytes"])
 
 def measure_steps(
     bench: Benchmark,
@@ -278,14 +296,15 @@ def measure_steps(
     data: CIRR,            # from `open_world`
     folder: Path,          # for caches
     device: torch.device,
-) -> pd.DataFrame:         # a row a level: mode, level, seconds, loss, flops, memory, ratio
+) -> pd.DataFrame:         # a row a level: mode, level, seconds, loss, gradients, flops, trunk, memory, ratio
     "All levels of all modes."
     rows = []
     for mode in bench.modes:
         model.backbone.fine_tune(mode)
         for name, (layout, fetch) in levels(bench, model, data, folder).items():
-            rows.append(dict(mode=mode, level=name) | measure_level(bench, model, layout, fetch, device))
+            rows.append(dict(mode=mode, level=name) | measure_level(bench, model, layout, fetch, device, folder / f"{mode}.pt"))
             rows[-1]["ratio"] = next(row["seconds"] for row in rows if row["mode"] == mode) / rows[-1]["seconds"]
+        (folder / f"{mode}.pt").unlink()
     return pd.DataFrame(rows)
 
 # %% ../../nbs/27_benchmark.ipynb #56a0b804
@@ -342,11 +361,11 @@ def measure_ranking(
     queries, gallery, at = F.normalize(p["reference"] + p["text"], dim=-1), F.normalize(p["gallery"], dim=-1), (p["targets"], p["references"], p["groups"])
     by_name = lambda: ranking_by_names(queries, gallery, p["names"], *(p["names"][p[key].numpy()] for key in ("references", "targets", "groups")))
     count = lambda: rank_queries(Sum(), p["reference"], p["text"], p["gallery"], *at)
-    with peak_memory(device if device.type == "cpu" else torch.device("cpu")) as ours_memory: ours = timed(count, device, bench.repeats)
-    with peak_memory(device if device.type == "cpu" else torch.device("cpu")) as their_memory: theirs = timed(by_name, device, bench.repeats)
+    with peak_memory(torch.device("cpu")) as ours_memory: ours = timed(count, device, 5 * bench.repeats)
+    with peak_memory(torch.device("cpu")) as their_memory: theirs = timed(by_name, device, bench.repeats)
     ranks = count()
     equal = by_name() == recalls(ranks.rank, GALLERY_AT) | recalls(ranks.group, GROUP_AT, "group_")
-    product = timed(lambda: queries @ gallery.T, device, bench.repeats)
+    product = timed(lambda: queries @ gallery.T, device, 5 * bench.repeats)
     return dict(ratio=theirs / ours, released=theirs, ours=ours, product=product, over_product=ours / product, equal=equal,
                 memory=their_memory["bytes"], ours_memory=ours_memory["bytes"])
 
@@ -399,6 +418,80 @@ def measure_loading(
              for name, source in dict(picture=data.gallery, tokens=tokens, targets=targets).items()}
     return dict(bytes=sizes, per_second=rates)
 
+# %% ../../nbs/27_benchmark.ipynb #d499de3b
+def epoch_world(
+    bench: Benchmark,
+    model: CaLa,
+    folder: Path,   # for the pictures
+) -> tuple:         # train and val, CIRR each
+    "A drawn world with --triplets triplets, rounded up to tens, and the validation that belongs to as many in CIRR."
+    draw_cirr(folder, train=-(-bench.triplets // 10), val=max(1, round(bench.triplets * 4181 / 28225 / 10)), test1=0, pairs=10, size=256, seed=bench.seed)
+    return tuple(CIRR(folder, split, model.backbone.transform()) for split in ("train", "val"))
+
+# %% ../../nbs/27_benchmark.ipynb #1f483d5e
+def one_epoch(
+    bench: Benchmark,
+    model: CaLa,           # in a layout
+    data: CIRR,            # whose items are pictures, tokens or embeddings
+    device: torch.device,
+    fused: bool,           # AdamW's form
+):
+    "Forward, backward and update for every triplet once."
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0., weight_decay=.05, fused=fused)
+    model.train()
+    for batch in DataLoader(data, bench.batch_size, shuffle=True, collate_fn=collate):
+        optimizer.zero_grad(set_to_none=True)
+        step(bench, model, lambda: batch, device)
+        optimizer.step()
+
+# %% ../../nbs/27_benchmark.ipynb #9a59435f
+def validation_by_names(
+    model: CaLa,
+    data: CIRR,            # of pictures
+    device: torch.device,
+) -> dict:                 # the seven recalls
+    "The gallery encoded, the references decoded and encoded again, names in order."
+    found, names = embed(model, data, device=device, keep=0, progress=False), np.array(data.gallery.names)
+    queries, gallery = F.normalize(found.reference + found.text, dim=-1), F.normalize(found.gallery, dim=-1)
+    return ranking_by_names(queries, gallery, names, *(names[p.numpy()] for p in (data.references, data.targets, data.groups)))
+
+# %% ../../nbs/27_benchmark.ipynb #5af7b9ff
+def kept_on_disk(
+    model: CaLa,      # with what trains chosen
+    datasets: tuple,  # train and val; items change
+    folder: Path,     # for caches
+):
+    "Let data sets read tokens, and targets where they are constant, in the format that the trunk computes."
+    for data in datasets:
+        side, how = TargetSide(model.backbone, whole=data.split == "train"), dict(dtype=native_dtype(model.backbone), report=None)
+        tokens = cache_tokens(model.backbone.trunk, data.gallery, folder, **how)
+        if side.constant: use_targets(data, tokens, cache_targets(side, data.gallery, folder, tokens, **how))
+        else: use_cache(data, tokens)
+
+# %% ../../nbs/27_benchmark.ipynb #9ebdecb1
+def measure_epoch(
+    bench: Benchmark,
+    model: CaLa,           # on the device
+    folder: Path,          # for a world and caches
+    device: torch.device,
+) -> pd.DataFrame:         # a row a mode: seconds of training, validation and building, both ways; ratio; the largest difference of a recall
+    "A whole epoch with loading and validation, in the released layout and in ours."
+    rows, clock = [], lambda work: timed(work, device, 1, warm=False)
+    for mode in bench.modes:
+        model.backbone.fine_tune(mode)
+        pictures, ours, recall = epoch_world(bench, model, folder / "epoch"), epoch_world(bench, model, folder / "epoch"), {}
+        row = dict(mode=mode, triplets=len(pictures[0]), built=clock(lambda: kept_on_disk(model, ours, folder)))
+        for name, layout, (train, val), validate in (("released", released_layout, pictures, validation_by_names),
+                                                     ("ours", nullcontext, ours, lambda model, data, device: evaluate(model, data, device=device, progress=False))):
+            with layout(model):
+                step(bench, model, lambda: collate([train[i] for i in range(min(bench.batch_size, len(train)))]), device)
+                row[f"{name}_training"] = clock(lambda: one_epoch(bench, model, train, device, fused=name == "ours"))
+                with torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16"): row[f"{name}_validation"] = clock(lambda: recall.update({name: validate(model, val, device)}))
+        whole = {name: row[f"{name}_training"] + row[f"{name}_validation"] for name in recall}
+        rows.append(row | dict(ratio=whole["released"] / whole["ours"], recalls=max(abs(recall["ours"][key] - value) for key, value in recall["released"].items())))
+    model.zero_grad(set_to_none=True)
+    return pd.DataFrame(rows)
+
 # %% ../../nbs/27_benchmark.ipynb #93efbd5b
 def machine(
     device: torch.device,
@@ -426,10 +519,11 @@ def measure_all(
     found = dict(about=dict(device=machine(device), versions=dict(cala=__version__, torch=torch.__version__, python=platform.python_version()), command=words_of(bench)))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if {"steps", "optimizer", "loading"} & set(bench.only): model = make_benchmark_model(bench, device); data = open_world(bench, model, folder / "world")
+        if {"steps", "optimizer", "loading", "epoch"} & set(bench.only): model = make_benchmark_model(bench, device); data = open_world(bench, model, folder / "world")
         if "steps" in bench.only: found |= dict(steps=measure_steps(bench, model, data, folder, device), peak=best_flops(bench, device))
         if "optimizer" in bench.only: found["optimizer"] = measure_optimizer(bench, model, device)
         if "loading" in bench.only: found["loading"] = measure_loading(bench, model, data, folder)
+        if "epoch" in bench.only: found["epoch"] = measure_epoch(bench, model, folder, device)
     if "ranking" in bench.only: found["ranking"] = measure_ranking(bench, device)
     if "artemis" in bench.only: found["artemis"] = measure_artemis(bench, device)
     return found
@@ -449,8 +543,8 @@ def level_table(
 ) -> pd.DataFrame:
     "A row a level, for people."
     steps = found["steps"]
-    shown = steps[["mode", "level"]].assign(seconds=steps.seconds.map("{:.3f}".format), loss=steps.loss.map("{:.5f}".format), ratio=steps.ratio.map("{:.2f}x".format))
-    shown["GFLOP/triplet"] = (steps.flops / batch_size / 1e9).map("{:.3g}".format)
+    shown = steps[["mode", "level"]].assign(seconds=steps.seconds.map("{:.3f}".format), ratio=steps.ratio.map("{:.2f}x".format), loss=steps.loss.map("{:.5f}".format), gradients=steps.gradients.map("{:.0e}".format))
+    for name, key in (("GFLOP/triplet", "flops"), ("in trunks", "trunk")): shown[name] = (steps[key] / batch_size / 1e9).map("{:.3g}".format)
     shown["of peak"] = (steps.flops / steps.seconds / found["peak"]).map("{:.0%}".format)
     return shown.assign(memory=steps.memory.map(spoken))
 
@@ -467,32 +561,38 @@ def sentences(
     if a := f.get("artemis"): lines.append(f"ARTEMIS: loop {a['released']:.3f} s, ours {a['ours']:.3f} s, {a['ratio']:.1f}x, scores within {a['difference']:.0e}; a batch of {a['batch']} in training {a['batch_ratio']:.1f}x")
     if l := f.get("loading"): lines += ["a picture: " + ", ".join(f"{name} {spoken(size)}" for name, size in l["bytes"].items()),
                                         "one process reads: " + ", ".join(f"{rate:,.0f} {name} a second" for name, rate in l["per_second"].items())]
+    if "epoch" in f: lines += [f"an epoch of {e.triplets} triplets with --encoder {e.mode}: released layout {e.released_training:.1f} s and {e.released_validation:.1f} s to validate, "
+                               f"ours {e.ours_training:.1f} s and {e.ours_validation:.1f} s, {e.ratio:.1f}x; recalls within {e.recalls:.1g}; caches built in {e.built:.1f} s, once" for e in f["epoch"].itertuples()]
     return lines
 
 # %% ../../nbs/27_benchmark.ipynb #55128927
 def figure(
-    found: dict,  # from `measure_all`, with steps
-):                # matplotlib's
-    "A bar a level, a group a mode."
+    found: dict,      # from `measure_all`, with steps
+    batch_size: int,
+):                    # matplotlib's
+    "A bar a level: its arithmetic, and its time."
     import matplotlib.pyplot as plt  # here, as a machine that only measures need not have a font cache
     steps = found["steps"].iloc[::-1]
-    fig, ax = plt.subplots(figsize=(6, .35 * len(steps) + .7), layout="constrained")
-    longest = steps.groupby("mode").seconds.transform("max")
-    bars = ax.barh(steps["mode"] + ", " + steps.level, steps.seconds / longest, color=["#797979" if level == "released" else "#0072B2" for level in steps.level])
-    ax.bar_label(bars, [f" {seconds:.3g} s, {ratio:.1f}x" for seconds, ratio in zip(steps.seconds, steps.ratio)], fontsize=8)
-    ax.set_xlim(0, 1.4); ax.set_xticks([]); ax.spines[["top", "right", "bottom"]].set_visible(False)
-    ax.set_xlabel("forward and backward of a batch, of the released layout's time", fontsize=9)
+    names, (trunk, rest) = steps["mode"] + ", " + steps.level, (n / batch_size / 1e9 for n in (steps.trunk, steps.flops - steps.trunk))
+    fig, (work, clock) = plt.subplots(1, 2, figsize=(9, .3 * len(steps) + 1), layout="constrained", sharey=True)
+    work.barh(names, trunk, color="#E69F00", label="vision trunks"); work.barh(names, rest, left=trunk, color="#0072B2", label="Q-Formers, HCA, TAC")
+    work.legend(frameon=False, fontsize=8, loc="lower right"); work.set_xlabel("GFLOP a triplet", fontsize=9)
+    bars = clock.barh(names, steps.seconds, color=["#797979" if level == "released" else "#0072B2" for level in steps.level])
+    clock.bar_label(bars, [f" {seconds:.3g} s, {ratio:.1f}x" for seconds, ratio in zip(steps.seconds, steps.ratio)], fontsize=8)
+    clock.set_xlim(0, 1.4 * steps.seconds.max()); clock.set_xlabel(f"seconds, a batch of {batch_size} forward and backward", fontsize=9)
+    for ax in (work, clock): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     return fig
 
 # %% ../../nbs/27_benchmark.ipynb #69f7795f
 def save_figure(
-    found: dict,  # as for `figure`
-    path: Path,   # .png or another kind that matplotlib knows
+    found: dict,      # as for `figure`
+    batch_size: int,
+    path: Path,       # .png or another kind that matplotlib knows
 ):
     "Write the figure."
     import matplotlib.pyplot as plt
-    drawn = figure(found)
-    drawn.savefig(path, dpi=150)
+    drawn = figure(found, batch_size)
+    drawn.savefig(path, dpi=110)
     plt.close(drawn)
 
 # %% ../../nbs/27_benchmark.ipynb #3d6a8d48
@@ -500,7 +600,7 @@ def save_figure(
 def main(
     bench: Benchmark, # every field is a flag
 ):
-    "The released layout against ours: steps, ranking, ARTEMIS, loading; a table, a figure, JSON."
+    "The released layout against ours: steps, ranking, ARTEMIS, loading, epochs; a table, a figure, JSON."
     folder = Path(bench.output)
     if folder.exists() and not folder.is_dir(): raise CalaError(f"{folder} is a file; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -509,7 +609,7 @@ def main(
     if "steps" in found:
         text.append(level_table(found, bench.batch_size).to_string(index=False))
         found["steps"].to_csv(folder / "benchmark.csv", index=False)
-        save_figure(found, folder / "benchmark.png")
+        save_figure(found, bench.batch_size, folder / "benchmark.png")
     print("\n".join(text + sentences(found)))
     write_atomically(folder / "benchmark.json", json.dumps(summary(found), indent=1).encode())
     return found

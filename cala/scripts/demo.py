@@ -35,8 +35,7 @@ from ..encoders import make_backbone
 from ..encoders import pretrain
 from ..encoders import read_vocabulary
 from ..encoders import save_backbone
-from ..features import cache_tokens
-from ..features import use_cache
+from ..features import CACHES
 from ..model import load_checkpoint
 from ..model import read_recipe
 from ..model import write_atomically
@@ -66,11 +65,13 @@ class Demo:
     recipe: str = "cala"         # of the CaLa row: cala, released or paper
     seed: int = 0                # of world, weights and order
     threads: int = 1             # torch threads of each process
+    cache: str = "tokens"        # of both runs: off, tokens or auto, as for cala-train
     report: bool = True          # write report.html
 
     def __post_init__(self):
         if self.world not in ("cirr", "fashioniq"): raise CalaError(f"--world {self.world}: choose cirr or fashioniq")
         if self.recipe not in RECIPES: raise CalaError(f"--recipe {self.recipe}: choose one of {', '.join(RECIPES)}")
+        if self.cache not in CACHES: raise CalaError(f"--cache {self.cache}: choose one of {', '.join(CACHES)}")
 
 # %% ../../nbs/25_demo.ipynb #5923bf93
 def made_with(
@@ -153,7 +154,7 @@ def commands(
     folder, rate = demo_folder(demo), demo.learning_rate
     same = ["--dataset", NAMES[demo.world], "--data-root", root, "--encoder-arch", "tiny", "--backbone-weights", weights,
             "--num-epochs", demo.epochs, "--max-epoch", demo.epochs, "--batch-size", demo.batch_size, "--learning-rate", rate,
-            "--warmup", 0.2, "--validation-frequency", demo.epochs, "--seed", demo.seed, "--cache", "tokens", "--cache-dir", folder / "tokens",
+            "--warmup", 0.2, "--validation-frequency", demo.epochs, "--seed", demo.seed, "--cache", demo.cache, "--cache-dir", folder / "tokens",
             "--recipe", demo.recipe]
     alone = ["--tac-weight", 0, "--hca-weight", 0, "--alpha", 0, "--beta", 0]
     runs = {"qtm": [*same, *alone], "cala": same}
