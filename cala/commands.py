@@ -118,12 +118,15 @@ def _flush():
 # %% ../nbs/00a_commands.ipynb #504c8adb
 @contextmanager
 def _for_users():
-    "What warns programmers is not shown while the block runs, and what was printed is out when it ends."
+    "What warns programmers is not shown while the block runs, our own warnings are notes, and what was printed is out when it ends."
+    plain = warnings.formatwarning
+    note = lambda said, kind, file, *place: f"note: {said}\n" if "cala" in Path(file).parts else plain(said, kind, file, *place)
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter("ignore", kind)
+        warnings.formatwarning = note
         _speakable()
         try: yield
-        finally: _flush()
+        finally: warnings.formatwarning = plain; _flush()
 
 # %% ../nbs/00a_commands.ipynb #a937e5b3
 def run_command(
