@@ -24,7 +24,7 @@ LEAST = 80  # percent; files below are named
 
 @lru_cache(maxsize=None)  # once, before the processes fork
 def exported_lines():
-    "{source of an exported cell: (module's file, how far its lines are from those of the cell)}, for every notebook."
+    "{exported cell, less its directives: (module's file, how far its lines are from those of the cell)}, for every notebook."
     found, cells = {}, {}
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):  # as plain JSON: nbformat, which checks as it reads, takes longer than many a notebook runs
         for cell in json.loads(path.read_bytes())["cells"]: cells[path.name, cell["id"]] = "".join(cell["source"])
@@ -32,7 +32,7 @@ def exported_lines():
         for number, line in enumerate(module.read_text(encoding="utf-8").splitlines(), 1):
             mark = re.fullmatch(r"# %% \S*?([^/\s]+\.ipynb) #(\S+)", line)
             source = mark and cells.get(mark.groups())
-            if source: found[source] = str(module), number - len(re.match(r"(#\|.*\n)*", source)[0].splitlines())
+            if source: found[re.sub(r"\A(#\|.*\n)*", "", source).rstrip("\n")] = str(module), number  # nbdev_test takes the directives off before it runs a cell
     return found
 
 
