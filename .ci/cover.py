@@ -6,9 +6,11 @@ pytest -p cover (with .ci on PYTHONPATH)   prints, above pytest's closing line, 
 nbdev_test runs a notebook's cells, not the module that is exported from them. So here an exported cell is compiled under the name and line numbers of its module, and coverage
 counts it there."""
 import ast
+import json
 import os
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import coverage
@@ -20,19 +22,21 @@ plain_test_nb = nbdev.test.test_nb
 LEAST = 80  # percent; files below are named
 
 
+@lru_cache(maxsize=None)  # once, before the processes fork
 def exported_lines():
-    "{source of an exported cell: (module's file, how far its lines are from those of the cell)}, for every notebook."
-    import nbformat
+    "{exported cell, less its directives: (module's file, how far its lines are from those of the cell)}, for every notebook."
     found, cells = {}, {}
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb")): cells |= {(path.name, cell.id): cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):  # as plain JSON: nbformat, which checks as it reads, takes longer than many a notebook runs
+        for cell in json.loads(path.read_bytes())["cells"]: cells[path.name, cell["id"]] = "".join(cell["source"])
     for module in sorted((ROOT / "cala").rglob("*.py")):
         for number, line in enumerate(module.read_text(encoding="utf-8").splitlines(), 1):
             mark = re.fullmatch(r"# %% \S*?([^/\s]+\.ipynb) #(\S+)", line)
             source = mark and cells.get(mark.groups())
-            if source: found[source] = str(module), number - len(re.match(r"(#\|.*\n)*", source)[0].splitlines())
+            if source: found[re.sub(r"\A(#\|.*\n)*", "", source).rstrip("\n")] = str(module), number  # nbdev_test takes the directives off before it runs a cell
     return found
 
 
+@lru_cache(maxsize=None)  # once a process, which runs several notebooks
 def compile_as_modules():
     "From now on a notebook's exported cells carry the names and lines of their modules."
     from IPython.core.compilerop import CachingCompiler
@@ -64,6 +68,7 @@ def measured_notebook(*args, **options):
 def notebooks(path=None):
     "nbdev_test, measured, into a new .coverage."
     measure().erase()
+    exported_lines()
     nbdev.test.test_nb = measured_notebook
     try: nbdev.test.nbdev_test(path=path, n_workers=int(os.environ.get("JOBS", 2)), timing=True)
     finally: measure().combine()

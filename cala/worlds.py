@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .commands import CalaError
+from .commands import CalaError, alone
 
 # %% ../nbs/01_worlds.ipynb #220827e5
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
@@ -343,13 +343,14 @@ def draw_cirr(
     record = dict(world="cirr", version=3, **counts, pairs=_counted("pairs", pairs, 1, 10), size=_counted("size", size, 24, 512),
                   seed=_counted("seed", seed, -2**63, 2**63))
     folder, seen, first_id = Path(root) / "cirr_dataset", set(), 0
-    if _claim(folder, record): return folder
-    for split, count in counts.items():
-        rng = Random(f"cirr {split} {record['seed']}")
-        drawn = _cirr_split(folder, "dev" if split == "val" else split, count, record["pairs"], record["size"], first_id, rng, seen)
-        _write_cirr(folder, split, *drawn, rng)
-        first_id += len(drawn[0])
-    _finish(folder)
+    with alone(folder):
+        if _claim(folder, record): return folder
+        for split, count in counts.items():
+            rng = Random(f"cirr {split} {record['seed']}")
+            drawn = _cirr_split(folder, "dev" if split == "val" else split, count, record["pairs"], record["size"], first_id, rng, seen)
+            _write_cirr(folder, split, *drawn, rng)
+            first_id += len(drawn[0])
+        _finish(folder)
     return folder
 
 # %% ../nbs/01_worlds.ipynb #6208574a
@@ -687,8 +688,9 @@ def draw_fashioniq(
     _counted("train + val + test", sum(counts.values()), 1, 4000)
     record = dict(world="fashioniq", version=1, **counts, size=_counted("size", size, 24, 512), seed=_counted("seed", seed, -2**63, 2**63))
     folder, seen, used = Path(root) / "fashionIQ_dataset", set(), set()
-    if _claim(folder, record): return folder
-    (folder / "images").mkdir(exist_ok=True)
-    for split, count in counts.items(): _fashioniq_split(folder, split, count, record["size"], record["seed"], seen, used)
-    _finish(folder)
+    with alone(folder):
+        if _claim(folder, record): return folder
+        (folder / "images").mkdir(exist_ok=True)
+        for split, count in counts.items(): _fashioniq_split(folder, split, count, record["size"], record["seed"], seen, used)
+        _finish(folder)
     return folder

@@ -1,4 +1,4 @@
-"A run of cala-train, killed at twenty random moments and resumed after each, ends as if nothing had happened."
+"A run of cala-train, killed at twenty random moments and resumed after each, ends as if nothing had happened; and a save is killed at every moment that it has."
 import contextlib
 import io
 import json
@@ -8,14 +8,18 @@ import shutil
 import signal
 import sys
 import threading
+from itertools import count
 
 import pytest
 import torch
 from tqdm import tqdm
 
 from cala.commands import run_command
+from cala.model import read_recipe
+from cala.model import save_checkpoint
 from cala.scripts.train import main
 from cala.training import Trainer
+from saved_models import tiny
 from small_runs import draw_small_world
 from small_runs import exit_code
 from small_runs import kept
@@ -114,3 +118,33 @@ def test_a_run_killed_at_twenty_random_moments_and_resumed_after_each_ends_as_if
         deaths += one_run(server, train_flags(world, folder, epochs=EPOCHS), folder, tmp_path / "said", moments[len(deaths):])
         assert kept(folder) == expected, deaths
     assert {(place, again) for place, _, again in deaths} >= {(place, True) for place in PLACES}
+
+
+def killed_in(work, fatal):
+    "In a fork: `work`, until it ends or comes to its call to the disk number `fatal`; the signal that ended it, or 0."
+    child = os.fork()
+    if child: return os.WTERMSIG(os.waitpid(child, 0)[1])
+    calls = iter(range(1, fatal + 1))
+    def tick(frame, event, function):
+        if of_the_disk(event, function) and next(calls) == fatal: os.kill(os.getpid(), signal.SIGKILL)
+    sys.setprofile(tick)
+    try: work()
+    finally: os._exit(0)
+
+
+def test_a_save_killed_at_any_call_to_the_disk_leaves_the_checkpoint_before_or_the_new_one_whole(tmp_path):
+    models, found = {epoch: tiny(seed=epoch, tac_weight=0., hca_weight=0.) for epoch in (1, 2, 3)}, []
+    def save(epoch, folder): save_checkpoint(models[epoch], folder, metrics=dict(epoch=epoch), extra={"state.pt": b"%d" % epoch})
+    def whole(folder):  # read_recipe compares every file with its hash
+        said = read_recipe(folder, "state.pt")
+        return said["metrics"]["epoch"], said["sha256"]
+    right = [(save(epoch, tmp_path / "right"), whole(tmp_path / "right"))[1] for epoch in (1, 2, 3)]
+    for fatal in count(1):
+        folder = tmp_path / str(fatal) / "last"
+        save(1, folder)
+        killed = killed_in(lambda: save(2, folder), fatal)
+        found.append(whole(folder))
+        save(3, folder)  # and it goes on
+        assert whole(folder) == right[2] and os.listdir(folder.parent) == ["last"]
+        if not killed: break
+    assert found == sorted(found) and set(found) == set(right[:2]) and len(found) > 20 and found[-2] == right[1]

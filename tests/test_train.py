@@ -222,9 +222,9 @@ def in_child(server, words, error, killed_at=None):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed, server):
     words = train_flags(world, tmp_path / "run", epochs=3)
-    assert in_child(server, words, tmp_path / "said", ("Trainer.step", None, 4, signal.SIGINT)) in (2, 130)
+    assert in_child(server, words, tmp_path / "said", ("Trainer.step", None, 3, signal.SIGINT)) == 2  # in the middle of an epoch: the generators matter
     line, = lines_of((tmp_path / "said").read_text())
-    assert line.startswith("cala-train: stopped") and f"--resume {tmp_path / 'run'}" in line
+    assert line.startswith("cala-train: stopped by Ctrl-C in epoch 2; 3 steps are kept") and f"--resume {tmp_path / 'run'}" in line
     assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0
     assert kept(tmp_path / "run") == kept(undisturbed)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import cala.worlds
-from cala.commands import CalaError
+from cala.commands import CalaError, alone
 from cala.worlds import EDIT_KINDS, draw_cirr, draw_fashioniq
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -325,3 +325,11 @@ def test_a_killed_drawing_is_not_taken_for_a_finished_one_and_can_be_started_aga
     assert not (tmp_path / "killed/cirr_dataset/drawn/world.json").exists()
     with pytest.raises(CalaError, match="train 4 not 5"): draw_cirr(tmp_path / "killed", 5, 2, 1)
     assert digest(draw_cirr(tmp_path / "killed", 4, 2, 1)) == digest(draw_cirr(tmp_path / "whole", 4, 2, 1))
+
+
+@pytest.mark.parametrize("draw, folder", [(draw_cirr, "cirr_dataset"), (draw_fashioniq, "fashionIQ_dataset")])
+def test_a_folder_in_which_another_process_draws_is_left_to_it(tmp_path, draw, folder):
+    with alone(tmp_path / folder):
+        with pytest.raises(CalaError, match="another process is at work in"): draw(tmp_path, 1, 1, 1)
+        assert not any((tmp_path / folder).iterdir())
+    assert digest(draw(tmp_path, 1, 1, 1)) == digest(draw(tmp_path / "alone", 1, 1, 1))

@@ -76,7 +76,7 @@ def check(
     found = audit(data_root, deep)
     print(counts(found), *findings(found), verdict(found, deep), sep="\n")
     try:
-        if save: Path(save).write_text("\n".join([*found.problems, *map(str, found.missing), *found.broken, ""]))
+        if save: Path(save).write_bytes("\n".join([*found.problems, *map(str, found.missing), *found.broken, ""]).encode("utf-8", "surrogateescape"))  # names as the disk has them
     except OSError as error: raise CalaError(f"{save} cannot be written: {error.strerror}; name another file") from None
     return found
 
