@@ -67,3 +67,10 @@ def test_a_folder_that_no_demo_made_is_left_alone(tmp_path):
     done = demo("--output", tmp_path)
     assert done.returncode == 2 and "not empty" in done.stderr
     assert [path.name for path in (tmp_path / "cirr").iterdir()] == ["thesis.tex"]
+
+
+def test_another_stage_1_is_followed_by_another_stage_2(cirr):
+    folder, words, _ = cirr
+    changed = [3 if before == "--stage1-steps" else word for before, word in zip(["", *words], words)]
+    done = demo(*changed, "--no-report")
+    assert done.returncode == 0 and len([line for line in done.stdout.splitlines() if line.startswith("cala-train")]) == 2

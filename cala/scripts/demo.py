@@ -188,14 +188,16 @@ def second_stage(
     demo: Demo,
     lines: dict,  # from `commands`
 ):
-    "Run what is not there yet."
+    "Run what is not there yet, or was trained on another backbone."
     folder = demo_folder(demo)
-    todo = {name: words for name, words in lines.items() if not made_with(folder / name, dict(words=words))}
+    stage1 = json.loads((folder / "backbone.safetensors.made.json").read_text())
+    made = {name: dict(words=words, stage1=stage1) for name, words in lines.items()}
+    todo = {name: words for name, words in lines.items() if not made_with(folder / name, made[name])}
     for name in todo: shutil.rmtree(folder / name, ignore_errors=True)
     side_by_side = (os.cpu_count() or 1) >= len(todo) * demo.threads
     for names in [list(todo)] if side_by_side else [[name] for name in todo]:
         wait_for({name: start(demo, todo[name], place) for place, name in enumerate(names)})
-    for name, words in todo.items(): note_made(folder / name, dict(words=words))
+    for name in todo: note_made(folder / name, made[name])
 
 # %% ../../nbs/25_demo.ipynb #727eeb20
 ROWS = {"recall_at1": "R@1", "recall_at5": "R@5", "recall_at10": "R@10", "recall_at50": "R@50",
