@@ -105,7 +105,7 @@ def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
     folder, images, said = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
     monkeypatch.setattr(blip2, "_online", lambda: True)
-    monkeypatch.setattr(blip2, "fetch", lambda url: folder / url.rsplit("/", 1)[-1])
+    monkeypatch.setattr(blip2, "fetch", lambda url, *cure: folder / url.rsplit("/", 1)[-1])
     with offline_lavis(folder): backbone = make_backbone("blip2")
     assert type(backbone.trunk.module).__module__ == "lavis.models.clip_vit" and backbone.trunk.module.conv1.weight.dtype == torch.float32
     assert len({id(backbone.trunk), *map(id, (backbone.textual, backbone.multimodal, backbone.visual))}) == 4 and backbone.dim == 768
@@ -292,7 +292,8 @@ def test_no_network_names_file_url_and_flag(published):
         with pytest.raises(CalaError) as said: make_backbone("blip2", **options)
         line = str(said.value)
         assert name in line and f"/{name}" in line and "https://" in line and flag in line and "\n" not in line
-    assert "clip_vit_L.pth" in str(pytest.raises(CalaError, make_backbone, "blip2", weights="nowhere.pth").value)
+    for options in ({}, dict(weights="nowhere.pth")):  # all three files in the first line
+        with pytest.raises(CalaError, match="blip2_pretrained_vitL.pth is missing .*clip_vit_L.pth from there and BERT's vocab.txt beside it"): make_backbone("blip2", **options)
 
 
 def test_no_network_spares_the_retries_of_lavis(published, monkeypatch):
@@ -315,6 +316,10 @@ def test_no_network_and_no_cached_vocabulary_is_one_line(published, monkeypatch)
 
 def test_vit_g_without_lavis_says_what_it_needs(published):
     with pytest.raises(CalaError, match="pretrain needs salesforce-lavis"): make_backbone("blip2", model_name="pretrain")
+
+
+def test_a_model_that_is_not_published_is_refused_with_random_weights_too():
+    with pytest.raises(CalaError, match="--model-name RN50x4: choose pretrain_vitL or pretrain"): make_backbone("blip2", model_name="RN50x4", random_weights="small")
 
 
 @pytest.mark.parametrize("form", BOMBS)
