@@ -17,7 +17,7 @@ from cala.commands import CalaError
 from cala.encoders import make_backbone
 from cala.model import CaLa, save_checkpoint
 from cala.qformer import QFormer, load_lavis_state
-from cala.scripts.validate import ModelFlags, build_model
+from cala.scripts.validate import DataFlags, ModelFlags, build_model, facts
 
 CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
 SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, initializer_range=0.2)  # large enough for features that differ
@@ -261,6 +261,8 @@ def test_a_checkpoint_finds_the_published_files_where_they_were_or_where_the_fla
         if moved: shutil.rmtree(here)
         model = build_model(ModelFlags(checkpoint=folder / "best", **flags))
         assert torch.equal(model.backbone.trunk.module.conv1.weight, tower.conv1.weight)
+        named = facts(DataFlags(checkpoint=folder / "best", device="cpu", **flags), model)["weights"]
+        assert list(named) == ["checkpoint", *["backbone_weights/blip2_pretrained_vitL.pth", "backbone_weights/clip_vit_L.pth"] * moved] and all(len(one["sha256"]) == 64 for one in named.values())
     with pytest.raises(CalaError, match="--backbone-weights"): build_model(ModelFlags(checkpoint=folder / "best"))
 
 
