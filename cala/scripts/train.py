@@ -23,7 +23,7 @@ def reached(
 ) -> str:      # a line a number
     "What the last validation and the best one found."
     if not run.metrics: return "not validated"
-    rows = pd.DataFrame(dict(last=run.metrics[-1], best=run.best)).drop(index=["score", "missing_train"], errors="ignore")
+    rows = pd.DataFrame(dict(last=run.metrics[-1], best=run.best)).drop(index="score")  # it is the mean
     return rows[[isinstance(value, (int, float)) for value in rows["last"]]].map(lambda value: f"{value:.2f}" if isinstance(value, float) else value).to_string()
 
 # %% ../../nbs/20_train.ipynb #14e93909
