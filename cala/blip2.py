@@ -251,10 +251,11 @@ def beside(
 # %% ../nbs/05_blip2.ipynb #09442118
 def _local(place, name):
     "The file at `place`, path or URL, which should be the published `name`."
-    if _is_url(place): return fetch(place)
+    others = f", {PUBLISHED['pretrain_vitL'][1]} from there and BERT's vocab.txt beside it" * (name == PUBLISHED["pretrain_vitL"][0])
+    cure = f"give it, or its folder, with --backbone-weights{others}"
+    if _is_url(place): return fetch(place, cure)
     if Path(place).is_file(): return place
-    folder = f", with {PUBLISHED['pretrain_vitL'][1]} beside it"
-    raise _missing(name, LAVIS_FILES + name, f"give it, or its folder, with --backbone-weights{folder * (name == PUBLISHED['pretrain_vitL'][0])}", f"no file {place}")
+    raise _missing(name, LAVIS_FILES + name, cure, f"no file {place}")
 
 # %% ../nbs/05_blip2.ipynb #4ba86dec
 def _tensors(content, place, key=None):
@@ -287,7 +288,7 @@ def _vit_g(load_model, weights):
     names, cache = PUBLISHED["pretrain"], Path(torch.hub.get_dir()) / "checkpoints"
     if weights: raise CalaError(f"--model-name pretrain takes no --backbone-weights: put {' and '.join(names)} into {cache}, where LAVIS looks")
     if not load_model: raise CalaError("--model-name pretrain needs salesforce-lavis, which needs Python below 3.12; or use --model-name pretrain_vitL")
-    for name in names: fetch(LAVIS_FILES + name, f"put it into {cache}")
+    for name in names: fetch(LAVIS_FILES + name, f"put it into {cache}, and {names[1 - names.index(name)]} too")
     try: return _from_lavis(load_model, "pretrain")
     except (OSError, HTTPException) as error:
         raise _missing("bert-base-uncased", BERT_FILES, "copy its Hugging Face cache, or use --model-name pretrain_vitL", type(error).__name__) from error
@@ -295,12 +296,11 @@ def _vit_g(load_model, weights):
 # %% ../nbs/05_blip2.ipynb #57c13e00
 def _published(model_name, weights):
     "Vision module, Q-Former weights and vocabulary (None: find it elsewhere) of a published model."
-    if model_name not in PUBLISHED: raise CalaError(f"--model-name {model_name}: choose {' or '.join(PUBLISHED)}")
     if model_name == "pretrain": return _vit_g(_lavis_loader(), weights)
     place = weights or LAVIS_FILES + PUBLISHED[model_name][0]
     load_model = _lavis_loader() if not weights and _online() else None
     if load_model:
-        for name in PUBLISHED[model_name]: fetch(beside(place, name))  # into the cache where LAVIS looks
+        for name in PUBLISHED[model_name]: _local(beside(place, name), name)  # into the cache where LAVIS looks
         return _from_lavis(load_model, model_name)
     return *_from_files(place), None
 
@@ -332,6 +332,7 @@ def build(
     seed: int = 0,                    # of random weights
 ) -> "Blip2":
     "BLIP-2 with the published weights, or with random ones if that is asked for."
+    if model_name not in PUBLISHED: raise CalaError(f"--model-name {model_name}: choose {' or '.join(PUBLISHED)}")
     given = dict(model_name=model_name, weights=_absolute(weights), tokenizer=_absolute(tokenizer), precision=precision,
                  random_weights=random_weights, seed=seed)
     config = dict(name="blip2", **{key: value for key, value in given.items() if value is not None})

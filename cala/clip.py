@@ -281,7 +281,9 @@ def read_tensors(
     path: str,  # .safetensors, or a torch file
 ) -> dict:      # what it holds
     "The content of a weights file; `CalaError` if it is none, or would execute code."
-    path = Path(path)
+    given, path = path, Path(path)
+    what = "a URL" if "://" in str(given) else "a folder" if path.is_dir() else None
+    if what: raise CalaError(f"{given} is {what}: give a file of weights on this machine as --backbone-weights")
     if not path.is_file(): raise CalaError(f"no weights file {path}; give another --backbone-weights")
     try:
         if _is_program(path): raise CalaError(f"{path} is OpenAI's TorchScript archive, a program; give the {OPEN_WEIGHTS} of that model from {hub.ENDPOINT}/timm")
@@ -347,6 +349,7 @@ def find_tokenizer(
 ):                       # captions -> ids (B, L)
     "open_clip's tokenizer for a model."
     length = text.get("context_length", 77)
+    if folder and not Path(folder).is_dir(): raise CalaError(f"no folder {folder}; give the folder of a Hugging Face tokenizer as --tokenizer, or leave it out")
     try:
         if folder: return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, **text.get("tokenizer_kwargs", {}))
         return open_clip.get_tokenizer(name, context_length=length)

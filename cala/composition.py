@@ -170,7 +170,8 @@ class Combiner(nn.Module):
         scale: float = 100.,        # cosines become logits by this factor
     ):
         super().__init__()
-        projection, hidden = projection_dim or 4 * dim, hidden_dim or 8 * dim
+        projection, hidden = (4 * dim if projection_dim is None else projection_dim), (8 * dim if hidden_dim is None else hidden_dim)
+        if min(projection, hidden) < 1: raise CalaError(f"--projection-dim {projection} --hidden-dim {hidden}: give widths of 1 or more, or leave them out")
         self.text_projection_layer, self.image_projection_layer = nn.Linear(dim, projection), nn.Linear(dim, projection)
         self.combiner_layer, self.output_layer = nn.Linear(2 * projection, hidden), nn.Linear(hidden, dim)
         self.dynamic_scalar = nn.Sequential(nn.Linear(2 * projection, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1), nn.Sigmoid())
@@ -214,5 +215,5 @@ def make_frame(
     frame = frames[name.lower()]
     known = [p for p in signature(frame).parameters if p != "dim"]
     strange = [o for o in options if o not in known]
-    if strange: raise CalaError(f"the frame {name!r} takes no {strange[0]}; it takes {', '.join(known)}")
+    if strange: raise CalaError(f"the frame {name!r} takes no {strange[0]}; it takes {', '.join(known)}: leave the flag out, or choose another frame")
     return frame(dim, **options)

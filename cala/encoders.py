@@ -126,7 +126,8 @@ def make_backbone(
     cls = find_backbone(name)
     given = {key: value for key, value in options.items() if value not in (None, "")}
     known = cls.build.__code__.co_varnames[1:cls.build.__code__.co_argcount]
-    foreign = [f"--{key.replace('_', '-')}" for key in given if key not in known]
+    flag = lambda key: "--" + dict(weights="backbone_weights", precision="trunk_precision").get(key, key).replace("_", "-")  # as cala-train calls it
+    foreign = [flag(key) for key in given if key not in known]
     if foreign: raise CalaError(f"the {name} backbone has no {', '.join(foreign)}; it takes {', '.join(known) or 'no options'}")
     return cls.build(**given)
 

@@ -331,7 +331,8 @@ def test_a_tag_stands_behind_a_colon_and_an_unknown_one_is_answered_with_the_kno
 
 @pytest.mark.parametrize("options, says", [(dict(model_name="RN50x5"), "RN50x4"), (dict(model_name="coca_ViT-B-32"), "text tower"), (dict(model_name="roberta-ViT-B-32"), "text tower"),
                                            (dict(random_weights="huge"), "small or full"), (dict(random_weights="small", precision="int8"), "fp16"), (dict(layers=2), "--layers"),
-                                           (dict(model_name="ViT-B-16-SigLIP", random_weights="small"), "ResNets and ViTs")])
+                                           (dict(model_name="ViT-B-16-SigLIP", random_weights="small"), "ResNets and ViTs"),
+                                           (dict(random_weights="small", tokenizer="nowhere"), "no folder nowhere; give the folder of a Hugging Face tokenizer as --tokenizer")])
 def test_a_wrong_option_is_one_line(options, says):
     with pytest.raises(CalaError) as said: make_backbone("clip", **options)
     assert says in str(said.value) and "\n" not in str(said.value)

@@ -300,7 +300,7 @@ def test_with_allow_missing_every_result_of_every_command_says_how_many(tmp_path
     counts = lambda path: pd.read_csv(path)[["missing", "missing_train"]].drop_duplicates().values.tolist()
 
     with pytest.warns(UserWarning, match=f"3 of .* pictures of {name} train are missing and left out"), pytest.warns(UserWarning, match=f"{lost_of_val} of .* {name} val"): run_command(train.main, train_flags(root, root / "run", *words, root / "run", epochs=1))
-    assert counts(root / "run/metrics.csv") == [[lost_of_val, 3]] and re.search("missing .*missing_train", capsys.readouterr().out)
+    assert counts(root / "run/metrics.csv") == [[lost_of_val, 3]] and re.search("(?s)missing .*missing_train", capsys.readouterr().out)
     assert json.loads((root / "run/best/recipe.json").read_text())["metrics"]["missing"] == lost_of_val
 
     with pytest.warns(UserWarning, match=f"of {name} val are missing and left out"): run_command(validate.main, [str(w) for w in [*words, root / "out", "--checkpoint", root / "run/best"]])

@@ -70,7 +70,7 @@ def test_embeddings_and_gradients_equal_those_of_lavis_in_float64(double, mode):
     for name, parameter in ours.named_parameters():
         grad = wanted[name].grad
         if parameter.grad is None: assert grad is None or not grad.any(), name; continue  # LAVIS's zeros are our None
-        assert (parameter.grad - grad).abs().max() <= 1e-10 * max(1., grad.abs().max().item()), name
+        assert (parameter.grad - grad).abs().max() <= 1e-10, name
         compared += bool(grad.any())
     assert compared > 150
     if mode == "text": assert wanted["Qformer.bert.embeddings.word_embeddings.weight"].grad[0].any()  # padding learns: no padding_idx

@@ -82,7 +82,7 @@ def test_cached_tokens_give_the_same_result_and_are_used_again(root, tmp_path):
 @pytest.mark.parametrize("protocol", ["original", "val"])
 def test_fashioniq_is_judged_under_the_protocol_asked_for(root, tmp_path, capsys, protocol):
     save_checkpoint(tiny(), tmp_path / "best")
-    validate("--dataset", "fashioniq", "--protocol", protocol, "--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")
+    validate("--dataset", "fashioniq", "--protocol", protocol.title(), "--data-root", root, "--checkpoint", tmp_path / "best", "--device", "cpu", "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out/result.json").read_text())["result"]
     assert result["protocol"] == protocol and f"protocol {protocol}; gallery dress {result['dress_gallery']}" in capsys.readouterr().out
     assert result["mean"] == pytest.approx(sum(result[f"{c}_recall_at{k}"] for c in ("dress", "shirt", "toptee") for k in (10, 50)) / 6)
@@ -133,6 +133,24 @@ def test_three_blip2_files_of_the_released_program_make_the_model_that_saved_the
     assert json.loads((tmp_path / "out/result.json").read_text())["result"] == pytest.approx(dict(expected))
 
 
+def test_a_checkpoint_of_another_backbone_holds_no_q_former(root, tmp_path, capsys):
+    save_checkpoint(CaLa(make_backbone("clip", random_weights="small")), tmp_path / "clip")
+    roles = [word for role in ("textual", "multimodal", "visual") for word in (f"--blip2-{role}-path", tmp_path / "clip")]
+    with pytest.raises(SystemExit): validate("--dataset", "CIRR", *roles, "--random-weights", "small", "--data-root", root, "--device", "cpu", "--output", tmp_path / "out")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'clip'} is of another backbone and holds no textual Q-Former; --blip2-textual-path" in line and len(line) < 300
+
+
+def test_weights_that_no_flag_names_are_hashed_as_they_are_in_memory(root, tmp_path):
+    words = ["--dataset", "CIRR", "--random-weights", "small", "--data-root", root, "--device", "cpu"]
+    found = []
+    for name, model in dict(one="RN50x4", two="RN50x4", other="ViT-B-32").items():
+        validate(*words, "--clip-model-name", model, "--output", tmp_path / name)
+        found.append(json.loads((tmp_path / name / "result.json").read_text())["weights"]["tensors"]["sha256"])
+        assert pd.read_csv(tmp_path / name / "result.csv").set_index("row").loc["sum", "weights_sha256"] == found[-1]
+    assert len(found[0]) == 64 and found[0] == found[1] != found[2]
+
+
 def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     save_checkpoint(tiny(), tmp_path / "best")
     good = ["--data-root", root, "--device", "cpu", "--output", tmp_path / "out", "--checkpoint", tmp_path / "best"]
@@ -151,6 +169,10 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "no file" in says("--combining-function", "artemis", "--combiner-path", tmp_path / "none.pt")
     assert "no transform" in says("--transform", "stretch")
     assert "--batch-size 0" in says("--batch-size", "0")
+    assert "--num-workers -1: give 0 or more" in says("--num-workers", "-1")
+    assert "leave out --random-weights" in says("--random-weights", "small")
+    assert "which model? give --checkpoint" in refused(capsys, *good[:6], "--dataset", "CIRR")
+    assert f"{tmp_path / 'best'} is a folder: give a file of weights on this machine as --clip-model-path" in refused(capsys, *good[:6], "--dataset", "CIRR", "--clip-model-path", tmp_path / "best")
     assert "--target-ratio -1.0" in says("--target-ratio", "-1")
     assert "--precision int8" in says("--precision", "int8")
     assert "--cache ram: choose one of off, tokens" in says("--cache", "ram")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLIP2_ROLES', 'FILES', 'ModelFlags', 'model_source', 'load_role', 'frame_path', 'saved_frame', 'load_frame',
-           'check_widths', 'own_backbone', 'build_model', 'sha256', 'weights_read', 'DataFlags', 'filled',
-           'find_device', 'embed_with', 'judge', 'table', 'heading', 'output_folder', 'facts', 'write_results',
-           'Validation', 'main']
+           'check_widths', 'own_backbone', 'build_model', 'sha256', 'weights_read', 'tensors_sha256', 'DataFlags',
+           'filled', 'find_device', 'embed_with', 'judge', 'table', 'heading', 'output_folder', 'facts',
+           'write_results', 'Validation', 'main']
 
 # %% ../../nbs/21_validate.ipynb #17f1caa7
 import hashlib
@@ -14,6 +14,7 @@ import json
 import platform
 from dataclasses import asdict
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from time import perf_counter
 
@@ -55,7 +56,7 @@ class ModelFlags:
     combiner_path: str = None          # weights of Combiner or ARTEMIS: the released program's file, or a checkpoint folder
     projection_dim: int = None         # Combiner: checked against its file; may be left out
     hidden_dim: int = None             # Combiner: checked against its file; may be left out
-    clip_model_name: str = None        # open_clip model, RN50x4 if neither this nor another model is given
+    clip_model_name: str = None        # open_clip model; RN50x4 for --clip-model-path alone
     clip_model_path: str = None        # fine-tuned CLIP weights
     blip2_textual_path: str = None     # BLIP-2: E_c, the released program's file or a checkpoint folder
     blip2_multimodal_path: str = None  # BLIP-2: E_m, likewise
@@ -83,6 +84,8 @@ def model_source(
     if len(sources) > 1: raise CalaError(f"{' and '.join(_dash(typed[s][0]) for s in sources)} name two models; give one of them")
     absent = [_dash(k) for k in BLIP2_ROLES.values() if getattr(flags, k) is None]
     if sources == ["blip2"] and absent: raise CalaError(f"BLIP-2 has three Q-Formers: {', '.join(absent)} is missing")
+    if sources == ["checkpoint"] and flags.random_weights: raise CalaError("--checkpoint has weights of its own; leave out --random-weights")
+    if not sources and not flags.random_weights: raise CalaError("which model? give --checkpoint, the three --blip2-...-path, or --clip-model-name (RN50x4 ...)")
     return sources[0] if sources else "clip"
 
 # %% ../../nbs/21_validate.ipynb #a7a4cf87
@@ -104,6 +107,7 @@ def load_role(
     "Put a file's Q-Former into a role of the backbone."
     if _is_checkpoint(path):
         state = {k.removeprefix(f"backbone.{role}."): v for k, v in load_file(_weights_file(path)).items() if k.startswith(f"backbone.{role}.")}
+        if not state: raise CalaError(f"{path} is of another backbone and holds no {role} Q-Former; {_dash(BLIP2_ROLES[role])} wants one trained with --encoder-arch blip2")
     else:
         found = load_released(path)
         if not isinstance(found, QFormer): raise CalaError(f"{path} holds a {type(found).__name__}; {_dash(BLIP2_ROLES[role])} wants a Q-Former (Blip2Qformer)")
@@ -214,9 +218,19 @@ def weights_read(
     names = ["checkpoint", "combiner_path", "clip_model_path", *BLIP2_ROLES.values(), "backbone_weights"]
     found = {}
     for name in [n for n in names if getattr(flags, n)]:
-        file = _weights_file(getattr(flags, name))
-        if file.is_file(): found[name] = dict(path=str(file), sha256=sha256(file))
+        place = Path(getattr(flags, name))
+        files = {f"{name}/{file.name}": file for file in sorted(place.glob("*.pth"))} if name == "backbone_weights" and place.is_dir() else {name: _weights_file(place)}
+        found |= {key: dict(path=str(file), sha256=sha256(file)) for key, file in files.items() if file.is_file()}
     return found
+
+# %% ../../nbs/21_validate.ipynb #43e28da8
+def tensors_sha256(
+    model,  # any module
+) -> str:
+    "SHA-256 over the names and bytes of a model's tensors."
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()): digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 # %% ../../nbs/21_validate.ipynb #7a508dc1
 @dataclass
@@ -243,6 +257,8 @@ def filled(
         if getattr(flags, key, "") is None: setattr(flags, key, said.get(key) or default)
     for key in ("batch_size", "target_ratio"):
         if not getattr(flags, key) > 0: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: give a number above 0")
+    if flags.num_workers < 0: raise CalaError(f"--num-workers {flags.num_workers}: give 0 or more")
+    if hasattr(flags, "protocol"): flags.protocol = flags.protocol.lower()
     for key, choices in dict(precision=("no", "bf16", "fp16"), cache=CACHES, cache_dtype=CACHE_DTYPES).items():
         if getattr(flags, key) not in choices: raise CalaError(f"{_dash(key)} {getattr(flags, key)}: choose one of {', '.join(choices)}")
     return flags
@@ -306,12 +322,12 @@ FILES = ("result.json", "result.csv", "ranks.csv")
 
 def output_folder(
     path: str,     # may be there already, if only our files are in it
-    files: tuple,  # names that may be overwritten
+    files: tuple,  # names that may be there, or patterns of names
 ) -> Path:
     "The folder, made if need be; `CalaError` if it holds something else."
     path = Path(path)
     if path.exists() and not path.is_dir(): raise CalaError(f"{path} is a file; choose another --output")
-    strange = [p.name for p in path.iterdir() if p.name not in files] if path.is_dir() else []
+    strange = [p.name for p in path.iterdir() if not any(fnmatch(p.name, file) for file in files)] if path.is_dir() else []
     if strange: raise CalaError(f"{path} is not empty ({strange[0]} is there); choose another --output")
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise CalaError(f"cannot make {path}: {error.strerror}; choose another --output") from error
@@ -325,7 +341,7 @@ def facts(
     "Where a number comes from: flags, recipe, weights, versions, device."
     recipe = json.loads((checkpoint_folder(flags.checkpoint) / "recipe.json").read_bytes())["recipe"] if flags.checkpoint else {}
     recipe = {key: value for key, value in recipe.items() if key != "api_key"}
-    return dict(flags=asdict(flags), recipe=recipe, backbone=model.backbone.name, frame=model.config["cir_frame"], weights=weights_read(flags),
+    return dict(flags=asdict(flags), recipe=recipe, backbone=model.backbone.name, frame=model.config["cir_frame"], weights=weights_read(flags) or dict(tensors=dict(sha256=tensors_sha256(model))),
                 versions=dict(cala=__version__, torch=torch.__version__, python=platform.python_version()), device=str(find_device(flags.device)))
 
 # %% ../../nbs/21_validate.ipynb #33ea6383
