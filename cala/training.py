@@ -849,6 +849,7 @@ def validate(self: Trainer) -> dict:  # a row of metrics.csv
     if self.accelerator.num_processes == 1: found = evaluate(model, data, **how)
     else: found = measure(model.frame, [self.embed_together(one, **how) for one in self.validation], self.validation)
     row = dict(epoch=self.run.epochs_done, score=found["mean"], **found, missing_train=self.data.left_out["pictures"])
+    if hasattr(self.watch, "see") and self.accelerator.is_main_process: self.watch.see(model)
     self.run.metrics.append(row); self.watch(row)
     numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
     self.accelerator.log(numbers, step=len(self.run.log))
@@ -986,7 +987,7 @@ def go(
 # %% ../nbs/13_training.ipynb #903515e3
 def train(
     recipe: Recipe,        # how
-    watch=None,            # called with every row of the log and of the metrics
+    watch=None,            # called with every row of the log and of the metrics; its `see`, if any, with the model before the latter
     progress: bool = True, # show a bar
 ) -> Run:
     "Train CaLa as the recipe says; the folder holds log.csv, metrics.csv, best/ and last/."
