@@ -6,6 +6,7 @@ fetched. JupyterLab works on a copy, with settings of its own, so neither the no
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -122,16 +123,22 @@ def look(widget):
         raise
 
 
-def after(widget, act, what, patience=20):
-    "What the widget shows once it has followed a move and come to rest."
-    before, last, end = look(widget), None, monotonic() + patience
-    act()
+def until(widget, true, what, patience=60):
+    "What the widget shows once that is so, the kernel is idle and nothing moves any more."
+    idle, last, end = widget.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]'), None, monotonic() + patience
     while monotonic() < end:
         sleep(0.3)
-        now = look(widget)
-        if now and now == last and now["pictures"] != before["pictures"]: return now
+        now = look(widget) if idle.count() else None
+        if now and now == last and true(now): return now
         last = now
-    raise Fault(f"{what}, and the pictures stay as they were")
+    raise Fault(what)
+
+
+def after(widget, act, what):
+    "What the widget shows after a move; its pictures have to be others."
+    before = until(widget, bool, "the kernel does not come to rest")
+    act()
+    return until(widget, lambda now: now["pictures"] != before["pictures"], f"{what}, and the pictures stay as they were")
 
 
 def need(true, what):
@@ -155,7 +162,7 @@ def type_in(widget, sentence):
 
 def move_explorer(page, widget, shot):
     "A slider, a sentence, an association, a picture: each has to change the ranking."
-    first = look(widget)
+    first = until(widget, bool, "the kernel does not come to rest")
     shot("as it opens")
     slid = after(widget, lambda: drag(page, widget, 0.6), "the slider was dragged")
     need(slid["sentence"] != first["sentence"] and slid["pictures"][1:] != first["pictures"][1:], "another triplet, and its sentence or ranking is still the old one")
@@ -168,16 +175,10 @@ def move_explorer(page, widget, shot):
     votes = widget.locator("input[type=checkbox]:enabled")
     if votes.count():
         votes.last.check()
-        for _ in range(100):
-            if (now := look(widget)) and now["said"] != back["said"]: break
-            sleep(0.2)
-        else: raise Fault("an association was added, and no score changed")
+        until(widget, lambda now: now["said"] != back["said"], "an association was added, and no score changed")
         shot("an association votes")
         votes.last.uncheck()
-        for _ in range(100):
-            if look(widget) == back: break
-            sleep(0.2)
-        else: raise Fault("an association was added and removed, and the ranking is not what it was")
+        until(widget, lambda now: now == back, "an association was added and removed, and the ranking is not what it was")
     clicked = after(widget, lambda: widget.locator("button").nth(3).click(), "a picture was clicked")
     need(clicked["pictures"][0] == back["pictures"][3], "the picture that was clicked is not the reference now")
     need(clicked["pictures"][1:] != back["pictures"][1:], "a picture was clicked, and the ranking is still the old one")
@@ -196,8 +197,8 @@ def move_triplets(page, widget, shot):
 
 def move_atlas(page, widget, shot):
     "A triplet, a sentence, another token, every sheet."
+    first = until(widget, bool, "the kernel does not come to rest")
     shot("as it opens")
-    first = look(widget)
     slid = after(widget, lambda: drag(page, widget, 0.3), "the slider was dragged")
     need(slid["sentence"] != first["sentence"], "another triplet with the old sentence")
     after(widget, lambda: drag(page, widget, 0.7, which=1), "the slider of the hinge's query was dragged")
@@ -214,11 +215,11 @@ WIDGETS = {"explorer": ('.lm-Widget.widget-vbox:has(> .widget-hbox input[type="c
            "triplets": ('.lm-Widget.widget-vbox:has(> .widget-hbox input[placeholder="words in the sentence"])', move_triplets),
            "atlas": (".lm-Widget.widget-vbox:has(> .widget-hbox .widget-toggle-buttons)", move_atlas)}
 PANEL = ".lm-Widget.widget-vbox:has(> .widget-hprogress)"
-EXPECTED = {"first_run": ["triplets", "panel", "explorer"], "attention_atlas": ["atlas"]}   # a widget that does not come at all is a fault too
+EXPECTED = {"first_run": ["triplets", "panel", "examples", "explorer"], "attention_atlas": ["atlas"]}   # a widget that does not come at all is a fault too
 
 
 def panel_watcher(page):
-    "Two functions: look at the training panel if there is one, and what was seen of it while the cells ran."
+    "A function that looks at the training panel, if there is one, and a list of what it saw: how many pictures, which words."
     seen, panel = [], page.locator(PANEL)
     def watch():
         if not panel.count(): return
@@ -231,9 +232,10 @@ def panel_watcher(page):
 
 def picture_of_all(page, path):
     "The whole notebook in one picture, down to the longest that a browser can draw."
-    page.set_viewport_size(dict(width=WIDE, height=16_000))
+    height = page.evaluate("document.querySelector('.jp-Notebook').scrollHeight")
+    page.set_viewport_size(dict(width=WIDE, height=min(height + 300, 16_000)))
     page.evaluate("for (const part of document.querySelectorAll('.jp-WindowedPanel-outer')) part.scrollTop = 0")
-    sleep(1)
+    sleep(0.5)
     whole, last = (page.locator(part).last.bounding_box() for part in (".jp-NotebookPanel-notebook", ".jp-Notebook .jp-Cell"))
     page.screenshot(path=path, clip=whole | dict(height=min(last["y"] + last["height"], 16_000) - whole["y"]))
     page.set_viewport_size(dict(width=WIDE, height=HIGH))
@@ -245,7 +247,7 @@ def visit(page, url, token, path):
     watch, seen = panel_watcher(page)
     run_all(page, watch)
     if found := list(faults(saved(page, path))): raise Fault("\n    ".join(found))
-    there = ["panel"] * any(pictures and "loss" in said for pictures, said in seen[:-1])
+    there = [name for n, name in enumerate(("panel", "examples")) if any(pictures > n and "loss" in said for pictures, said in seen)]
     for name, (selector, move) in WIDGETS.items():
         for n, widget in enumerate(page.locator(selector).all()):
             there.append(name)
@@ -253,7 +255,7 @@ def visit(page, url, token, path):
             move(page, widget, lambda moment: widget.screenshot(path=PICTURES / f"{path.stem} {name}{n or ''} {moment}.png".replace(" ", "-")))
     need(not page.get_by_text("Error displaying widget").count(), "JupyterLab says: Error displaying widget")
     absent = set(EXPECTED.get(path.stem, [])) - set(there)
-    need(not absent, f"no {', '.join(sorted(absent))} to be seen" + " while the cells ran" * ("panel" in absent))
+    need(not absent, f"no {', '.join(sorted(absent))} to be seen" + " while the cells ran" * bool({"panel", "examples"} & absent))
     for theme in ("Light", "Dark"):
         menu(page, "Settings", "Theme", f"JupyterLab {theme}")
         page.locator(f'body[data-jp-theme-name="JupyterLab {theme}"]').wait_for(state="attached")
@@ -265,6 +267,7 @@ def main(names):
     try: from playwright.sync_api import sync_playwright
     except ImportError: raise SystemExit('browser: no Playwright here; pip install -e ".[browser]" (make browser does)')
     executable, failed = find_browser(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that JupyterLab ends with us
     with TemporaryDirectory() as scratch, jupyterlab(Path(scratch)) as ((url, token), copy), sync_playwright() as driver:
         paths = sorted((copy / "tutorials").glob("*.ipynb"))
         if unknown := set(names) - {path.stem for path in paths}: raise SystemExit(f"browser: no tutorial {', '.join(sorted(unknown))}; there are {', '.join(path.stem for path in paths)}")

@@ -380,7 +380,7 @@ class Trainer:
         recipe: Recipe, # how to train
         watch=None,     # called with every row of the log and of the metrics, for a live picture
     ):
-        self.recipe, self.watch, self.output = recipe, watch or (lambda row: None), run_folder(recipe)
+        self.recipe, self.watch, self.output = recipe, (lambda row: None) if watch is None else watch, run_folder(recipe)
         check_output(self.output, recipe)
         AcceleratorState._reset_state()  # a second run in one process (a notebook) may want another precision
         self.accelerator = Accelerator(mixed_precision=recipe.precision, log_with=trackers(recipe, self.output), kwargs_handlers=among_ranks(recipe))
