@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "_browser"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-WIDE, HIGH, PATIENCE = 1280, 900, 600   # pixels of the window; seconds that a notebook may run
+WIDE, HIGH, PATIENCE = 1280, 900, 1200   # pixels of the window; seconds that a notebook may run
 
 
 class Fault(Exception): "What a reader would have stumbled over."
@@ -54,7 +54,7 @@ def jupyterlab(folder):
         finally: server.terminate(); server.wait(30)
 
 
-def address(server, home, log, patience=60):
+def address(server, home, log, patience=180):
     "Where a server that is starting listens, and its token."
     for _ in range(patience * 10):
         if server.poll() is not None: raise SystemExit(f"browser: JupyterLab did not start:\n{log.read_text()[-2000:]}")
@@ -75,8 +75,8 @@ def menu(page, name, *items):
 def open_notebook(page, url, token, path):
     "Open one notebook, alone, and wait for its kernel."
     page.goto(f"{url}lab/workspaces/{path.stem}/tree/tutorials/{path.name}?token={token}&reset")
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=60_000)   # asked before, JupyterLab would want to know which kernel
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()   # asked before, JupyterLab would want to know which kernel
 
 
 def run_all(page, look):
@@ -123,7 +123,7 @@ def look(widget):
         raise
 
 
-def until(widget, true, what, patience=60):
+def until(widget, true, what, patience=180):
     "What the widget shows once that is so, the kernel is idle and nothing moves any more."
     idle, last, end = widget.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]'), None, monotonic() + patience
     while monotonic() < end:
@@ -273,6 +273,7 @@ def main(names):
         if unknown := set(names) - {path.stem for path in paths}: raise SystemExit(f"browser: no tutorial {', '.join(sorted(unknown))}; there are {', '.join(path.stem for path in paths)}")
         shutil.rmtree(PICTURES, ignore_errors=True); PICTURES.mkdir()
         browser = driver.chromium.launch_persistent_context(f"{scratch}/profile", executable_path=executable, headless=True, args=FLAGS, viewport=dict(width=WIDE, height=HIGH))
+        browser.set_default_timeout(180_000)   # a machine may have other things to do
         for path in paths if not names else [path for path in paths if path.stem in names]:
             page, began = browser.new_page(), monotonic()
             try: told = "all cells" + "".join(f", {name}" for name in visit(page, url, token, path))
