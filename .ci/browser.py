@@ -50,6 +50,7 @@ def jupyterlab(folder):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={copy}"]
     with open(folder / "lab.log", "w+") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+        signal.signal(signal.SIGTERM, lambda *_: (server.terminate(), os._exit(143)))   # whoever ends us ends JupyterLab
         try: yield address(server, home, folder / "lab.log"), copy
         finally: server.terminate(); server.wait(30)
 
@@ -267,7 +268,6 @@ def main(names):
     try: from playwright.sync_api import sync_playwright
     except ImportError: raise SystemExit('browser: no Playwright here; pip install -e ".[browser]" (make browser does)')
     executable, failed = find_browser(), []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that JupyterLab ends with us
     with TemporaryDirectory() as scratch, jupyterlab(Path(scratch)) as ((url, token), copy), sync_playwright() as driver:
         paths = sorted((copy / "tutorials").glob("*.ipynb"))
         if unknown := set(names) - {path.stem for path in paths}: raise SystemExit(f"browser: no tutorial {', '.join(sorted(unknown))}; there are {', '.join(path.stem for path in paths)}")
