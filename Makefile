@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = $(THREADS)
 # Test processes side by side, for notebooks and for pytest.
 JOBS    ?= 2
 
-.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab docs clean
+.PHONY: help install demo test test-without-lavis sync notebooks pytest coverage mutants lock prepare lab browser docs clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -59,8 +59,12 @@ prepare: install ## after editing a notebook: clean, export, render README
 lab: install     ## read the notebooks
 	$(BIN)/jupyter lab nbs
 
+browser: install ## the tutorials in a real JupyterLab: every cell run, every widget moved, pictures in _browser (NOTEBOOKS="first_run attention_atlas" for some)
+	@$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[browser]"
+	$(BIN)/python .ci/browser.py $(NOTEBOOKS)
+
 docs: install    ## every notebook as HTML with its outputs, in _docs
 	$(BIN)/python .ci/docs.py
 
 clean:           ## remove what the commands made
-	rm -rf $(VENV) runs demo _docs _proc
+	rm -rf $(VENV) runs demo _docs _proc _browser

@@ -24,7 +24,8 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "track": words("track_requirements"), "faiss": words("faiss_requirements")},
+    extras_require={"dev": words("dev_requirements"), "track": words("track_requirements"), "faiss": words("faiss_requirements"),
+                    "browser": words("browser_requirements")},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

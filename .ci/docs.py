@@ -19,7 +19,7 @@ NBS = ROOT / "nbs"
 STYLE = """
 nav.house { display: flex; gap: 1.5em; flex-wrap: wrap; padding: 0.6em 1em; font: 14px system-ui, sans-serif; border-bottom: 1px solid #8888 }
 nav.house a { color: #0072B2; text-decoration: none } main { max-width: 72rem; margin: auto } img { max-width: 100%; height: auto }
-.jp-RenderedHTMLCommon table { display: block; overflow-x: auto } .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.jp-RenderedHTMLCommon table { display: block; overflow-x: auto } .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere } td code { white-space: nowrap }
 @media (prefers-color-scheme: dark) { nav.house a { color: #56B4E9 } body { background: #111 } }
 """
 

@@ -30,6 +30,7 @@ from .show import VERMILION
 from .show import Movable
 from .show import Page
 from .show import html_image
+from .show import side_by_side
 from .show import style
 
 # %% ../nbs/15_atlas.ipynb #34c467d4
@@ -317,6 +318,7 @@ def ask(
 ) -> Reading:
     "Read the current pictures with another sentence."
     self.reading = read_triplet(self.model, self.dataset, int(self.dataset.references[self.i]), sentence, int(self.dataset.targets[self.i]))
+    self._moved()
     return self.reading
 
 @patch
@@ -341,6 +343,17 @@ def taken(self: AttentionAtlas) -> dict:
 
 # %% ../nbs/15_atlas.ipynb #4e874de3
 @patch
+def turn(
+    self: AttentionAtlas,
+    sheet: str = None,  # one of `sheets`; None keeps the current one
+    row: int = None,    # which token of the reference the hinge is drawn for
+):
+    "Turn to another sheet."
+    if sheet not in (None, *self.sheets): raise CalaError(f"no sheet {sheet!r}; there are {', '.join(self.sheets)}")
+    self.sheet, self.row = sheet or self.sheet, self.row if row is None else row
+    self._moved()
+
+@patch
 def figure(self: AttentionAtlas) -> Figure:
     "The current sheet."
     if self.reading is None: self.pick(0)
@@ -358,15 +371,16 @@ def _parts(self: AttentionAtlas):
     "The controls and the sheet."
     if self.reading is None: self.pick(0)
     whole = ipywidgets.Layout(width="40em")
-    self.number = ipywidgets.IntSlider(self.i, max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
-    self.words = ipywidgets.Text(self.reading.caption, description="sentence", continuous_update=False, layout=whole)
-    self.choice = ipywidgets.ToggleButtons(options=self.sheets, value=self.sheet)
-    self.token = ipywidgets.IntSlider(self.row, max=len(self.reading.asked) - 1, description="query", continuous_update=False)
+    self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
+    self.words = ipywidgets.Text(description="sentence", continuous_update=False, layout=whole)
+    self.choice = ipywidgets.ToggleButtons(options=self.sheets)
+    self.token = ipywidgets.IntSlider(max=len(self.reading.asked) - 1, description="query", continuous_update=False)
     self.page = ipywidgets.HTML()
 
 @patch
 def _draw(self: AttentionAtlas):
-    "Bring the sheet up to date."
+    "Bring controls and sheet up to date."
+    self.number.value, self.words.value, self.choice.value, self.token.value = self.i, self.reading.caption, self.sheet, self.row
     self.token.layout.visibility = "visible" if self.sheet == "hinge" else "hidden"
     self.page.value = html_image(self.figure(), f"{self.sheet}: {self.reading.caption}")
 
@@ -374,15 +388,11 @@ def _draw(self: AttentionAtlas):
 @patch
 def _connect(self: AttentionAtlas):
     "What the controls do."
-    def chosen(change): self.pick(change["new"]); self.words.value = self.reading.caption; self._draw()
-    def typed(change):
-        if change["new"] != self.reading.caption: self.ask(change["new"]); self._draw()
-    def turned(_): self.sheet, self.row = self.choice.value, self.token.value; self._draw()
-    self.number.observe(chosen, "value"); self.words.observe(typed, "value")
-    self.choice.observe(turned, "value"); self.token.observe(turned, "value")
+    self._on(self.number, self.pick); self._on(self.words, self.ask)
+    self._on(self.choice, self.turn); self._on(self.token, lambda row: self.turn(row=row))
 
 @patch
 def _build(self: AttentionAtlas):
     "Controls over a sheet."
     self._parts(); self._draw(); self._connect()
-    return ipywidgets.VBox([ipywidgets.HBox([self.number, self.words]), ipywidgets.HBox([self.choice, self.token]), self.page])
+    return ipywidgets.VBox([side_by_side(self.number, self.words), side_by_side(self.choice, self.token), self.page])

@@ -344,7 +344,7 @@ def _batches(pictures, batch_size, device, workers=0, bar=""):
     "Pictures (B, 3, H, W) or cached tokens (B, N, w) in batches, on the device; `bar` is the title of a progress bar."
     loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_stacked, pin_memory=device.type == "cuda")
     try:
-        for batch in tqdm(loader, bar, disable=not bar, leave=False): yield batch.to(device, non_blocking=True)
+        for batch in tqdm(loader, bar, disable=None if bar else True, leave=False): yield batch.to(device, non_blocking=True)
     except CalaError as error: raise CalaError(str(error).split("CalaError: ")[-1].strip()) from None
 
 # %% ../nbs/11_retrieval.ipynb #31ab531a

@@ -6,8 +6,8 @@
 __all__ = ['GREY', 'BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'PALETTE', 'DASHES', 'INKED', 'STYLE', 'LOSSES',
            'style', 'small_png', 'Page', 'show_triplets', 'show_triplet', 'Ranking', 'draw_rankings', 'show_pictures',
            'show_ranking', 'show_rankings', 'recall_curve', 'loss_curves', 'edit_kinds', 'wilson', 'per_kind_recall',
-           'failures', 'show_failures', 'Movable', 'html_image', 'TripletBrowser', 'gallery_features', 'QueryExplorer',
-           'association_votes', 'joint_scores', 'PictureButton', 'sparkline', 'TrainingPanel']
+           'failures', 'show_failures', 'Movable', 'html_image', 'side_by_side', 'TripletBrowser', 'gallery_features',
+           'QueryExplorer', 'association_votes', 'joint_scores', 'PictureButton', 'sparkline', 'TrainingPanel']
 
 # %% ../nbs/14_show.ipynb #b682c6b4
 import math
@@ -355,13 +355,17 @@ def _curve(ax, n, log, column, label, smooth):
     ax.set_xlabel(by or "row")
 
 # %% ../nbs/14_show.ipynb #eaa2345f
+def _name_columns(names): return max(1, int(2.9 / (0.4 + 0.061 * max(map(len, names)))))  # that fit under a panel, at 8 points
+
 def _panel(ax, title, lines, smooth):
     "Fill one panel with (n, log, column, label) lines."
     for line in lines: _curve(ax, *line, smooth)
-    ax.set(title=title, ylim=(0, 103 if "%" in title else None))
+    highest = ax.dataLim.ymax
+    ax.set(title=title, ylim=(0, 103 if "%" in title else 1.05 * highest if 0 < highest < math.inf else None))
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if [label for *_, label in lines] != [title]: ax.legend(fontsize=8)
+    names = [label for *_, label in lines]
+    if names != [title]: ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.4, ncols=_name_columns(names), columnspacing=1, borderpad=0)
 
 # %% ../nbs/14_show.ipynb #733033b2
 def _read_log(log):
@@ -392,7 +396,8 @@ def loss_curves(
     panels = _layout(runs)
     if not panels: raise CalaError("nothing to draw: the log has no numbers under loss, qtm, tbia, ctr, learning_rate or a recall")
     wide, high = min(3, len(panels)), math.ceil(len(panels) / 3)
-    page = Page(figsize=(3.3 * wide, 2.4 * high), layout="constrained")
+    named = max(math.ceil(len(lines) / _name_columns([label for *_, label in lines])) for lines in panels.values())
+    page = Page(figsize=(3.3 * wide, (2.3 + 0.17 * named) * high), layout="constrained")
     for n, (title, lines) in enumerate(panels.items()): _panel(page.add_subplot(high, wide, n + 1), title, lines, smooth)
     return page.saved(save)
 
@@ -495,8 +500,20 @@ def show_failures(
 # %% ../nbs/14_show.ipynb #f9ecc66e
 class Movable:
     "An object with a `figure()` and a `widget`; a front end without widgets shows the figure."
+    drawing = False
     @cached_property
     def widget(self): return self._build()
+
+    def _moved(self):
+        "Bring the widget up to date, if there is one."
+        if "widget" not in self.__dict__: return
+        self.drawing = True
+        try: self._draw()
+        finally: self.drawing = False
+
+    def _on(self, control, act):
+        "Have `act` called with a control's new value, unless `_draw` has set it."
+        control.observe(lambda change: self.drawing or act(change["new"]), "value")
 
     def _repr_mimebundle_(self, **kwargs):
         return self.widget._repr_mimebundle_() | _bundle(self, self.figure())
@@ -509,6 +526,13 @@ def html_image(
     "A figure as an HTML image."
     return f'<img src="data:image/png;base64,{b64encode(small_png(fig)).decode()}" alt="{escape(alt, quote=True)}" style="max-width:100%">'
 
+# %% ../nbs/14_show.ipynb #51f7e2c8
+def side_by_side(
+    *parts,  # widgets
+):
+    "Widgets in a row, or in as many as a narrow window needs."
+    return ipywidgets.HBox(parts, layout=ipywidgets.Layout(flex_flow="row wrap"))
+
 # %% ../nbs/14_show.ipynb #c5f9a354
 class TripletBrowser(Movable):
     "Look through a data set's triplets, by kind of edit and by words."
@@ -518,7 +542,7 @@ class TripletBrowser(Movable):
         members: bool = False, # also the group of six
     ):
         self.dataset, self.kinds, self.members = dataset, kinds, members
-        self.found, self.at = list(range(len(dataset.triplets))), 0
+        self.found, self.at, self.asked = list(range(len(dataset.triplets))), 0, ("all", "")
 
 # %% ../nbs/14_show.ipynb #599c7ea4
 @patch
@@ -530,7 +554,8 @@ def find(
     "Choose the triplets to look at; the first of them becomes the current one."
     says = lambda triplet: all(word in _sentence(triplet).lower() for word in text.lower().split())
     fits = lambda i: kind == "all" or self.kinds[i] == kind
-    self.found, self.at = [i for i, t in enumerate(self.dataset.triplets) if fits(i) and says(t)], 0
+    self.found, self.at, self.asked = [i for i, t in enumerate(self.dataset.triplets) if fits(i) and says(t)], 0, (kind, text)
+    self._moved()
     return self.found
 
 # %% ../nbs/14_show.ipynb #b54e2795
@@ -542,6 +567,7 @@ def go(
     "Step to another of the triplets found."
     if not self.found: return None
     self.at = (self.at + steps) % len(self.found)
+    self._moved()
     return self.found[self.at]
 
 # %% ../nbs/14_show.ipynb #6dba77b3
@@ -568,8 +594,9 @@ def _parts(self: TripletBrowser):
 # %% ../nbs/14_show.ipynb #bacb34ee
 @patch
 def _draw(self: TripletBrowser):
-    "Bring card and count up to date."
+    "Bring filters, card and count up to date."
     current = self.dataset.triplets[self.found[self.at]] if self.found else None
+    self.kind.value, self.text.value = self.asked
     self.count.value = f"{self.at + 1} of {len(self.found)}" if current else "none"
     self.card.value = html_image(self.figure(), _sentence(current) if current else "nothing found")
 
@@ -577,17 +604,15 @@ def _draw(self: TripletBrowser):
 @patch
 def _connect(self: TripletBrowser):
     "What the controls do."
-    def search(_): self.find(self.kind.value, self.text.value); self._draw()
-    def step(by): self.go(by); self._draw()
-    self.kind.observe(search, "value"); self.text.observe(search, "value")
-    self.back.on_click(lambda _: step(-1)); self.on.on_click(lambda _: step(1))
+    for control in (self.kind, self.text): self._on(control, lambda _: self.find(self.kind.value, self.text.value))
+    self.back.on_click(lambda _: self.go(-1)); self.on.on_click(lambda _: self.go(1))
 
 # %% ../nbs/14_show.ipynb #793a1306
 @patch
 def _build(self: TripletBrowser):
     "Filters over a card."
     self._parts(); self._draw(); self._connect()
-    return ipywidgets.VBox([ipywidgets.HBox([self.kind, self.text, self.back, self.on, self.count]), self.card])
+    return ipywidgets.VBox([side_by_side(self.kind, self.text, self.back, self.on, self.count), self.card])
 
 # %% ../nbs/14_show.ipynb #a9fac340
 def gallery_features(
@@ -615,6 +640,7 @@ class QueryExplorer(Movable):
         self.models, self.dataset, self.k = models if isinstance(models, dict) else {"": models}, dataset, k
         self.features = {name: gallery_features(model, dataset) for name, model in self.models.items()}
         self.reference, self.sentence, self.target, self.rankings = None, "", None, {}
+        self.picked = 0  # the triplet, if the query is one
         self.added, self.tokens = set(), {}  # associations that vote, and what they need of the gallery
 
 # %% ../nbs/14_show.ipynb #6cdcd092
@@ -699,6 +725,7 @@ def ask(
     "Rank the gallery for a query."
     self.reference, self.sentence, self.target = int(reference), sentence, target
     self.rankings = {name: self._rank(name, self.reference, sentence, target) for name in self.models}
+    self._moved()
     return self.rankings
 
 # %% ../nbs/14_show.ipynb #025fef2a
@@ -721,7 +748,7 @@ def pick(
     i: int,  # which triplet
 ) -> dict:   # {name of the model: Ranking}
     "Take a triplet's reference and sentence, and frame its target."
-    triplet, position = self.dataset.triplets[i], self.dataset.gallery.position
+    self.picked, triplet, position = i, self.dataset.triplets[i], self.dataset.gallery.position
     return self.ask(position(triplet.reference), _sentence(triplet), position(triplet.target) if triplet.target else None)
 
 # %% ../nbs/14_show.ipynb #503368f8
@@ -769,7 +796,8 @@ def _fill_row(cells, title, gallery, ranking):
     for n, (cell, position, score) in enumerate(zip(cells, ranking.order, ranking.scores)):
         found = position == ranking.target
         cell.show(gallery, position, f"{n + 1} · {score:.3g}" + " · target" * found, VERMILION if found else None)
-    title.value = ranking.note + f" (rank of the target: {ranking.rank})" * (ranking.rank is not None)
+    place = f"the target has rank {ranking.rank}" if ranking.rank else ""
+    title.value = ": ".join(filter(None, [ranking.note, place]))
 
 # %% ../nbs/14_show.ipynb #13bc5a34
 @patch
@@ -777,16 +805,18 @@ def _parts(self: QueryExplorer):
     "The controls and the pictures."
     if not self.rankings: self.pick(0)
     self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
-    self.words = ipywidgets.Text(self.sentence, description="sentence", continuous_update=False, layout=ipywidgets.Layout(width="36em"))
+    self.words = ipywidgets.Text(description="sentence", continuous_update=False, layout=ipywidgets.Layout(width="36em"))
     self.voters = {name: ipywidgets.Checkbox(description=f"{name} votes", disabled=name not in self.held(), indent=False, layout=ipywidgets.Layout(width="9em")) for name in ("TBIA", "CTR")}
-    take = lambda position: (self.ask(position, self.words.value), self._draw())
+    take = lambda position: self.ask(position, self.words.value)
     self.question, self.titles = PictureButton(take), {name: ipywidgets.Label() for name in self.models}
     self.answers = {name: [PictureButton(take) for _ in range(self.k)] for name in self.models}
 
 # %% ../nbs/14_show.ipynb #6919f188
 @patch
 def _draw(self: QueryExplorer):
-    "Bring all pictures up to date."
+    "Bring controls and pictures up to date."
+    self.number.value, self.words.value = self.picked, self.sentence
+    for name, box in self.voters.items(): box.value = name in self.added
     self.question.show(self.dataset.gallery, self.reference, "reference", BLUE)
     for name, cells in self.answers.items(): _fill_row(cells, self.titles[name], self.dataset.gallery, self.rankings[name])
 
@@ -794,20 +824,18 @@ def _draw(self: QueryExplorer):
 @patch
 def _connect(self: QueryExplorer):
     "What the controls do."
-    def chosen(change): self.pick(change["new"]); self.words.value = self.sentence; self._draw()
-    def typed(change):
-        if change["new"] != self.sentence: self.ask(self.reference, change["new"]); self._draw()
-    def voted(_): self.add(*(name for name, box in self.voters.items() if box.value)); self._draw()
-    self.number.observe(chosen, "value"); self.words.observe(typed, "value")
-    for box in self.voters.values(): box.observe(voted, "value")
+    self._on(self.number, self.pick)
+    self._on(self.words, lambda sentence: self.ask(self.reference, sentence))
+    for box in self.voters.values(): self._on(box, lambda _: self.add(*(name for name, box in self.voters.items() if box.value)))
 
 # %% ../nbs/14_show.ipynb #b0fea74b
 @patch
 def _build(self: QueryExplorer):
     "A triplet slider, a sentence, the reference, and a row of clickable pictures a model."
     self._parts(); self._draw(); self._connect()
-    rows = [ipywidgets.VBox([self.titles[name], ipywidgets.HBox([cell.box for cell in cells])]) for name, cells in self.answers.items()]
-    return ipywidgets.VBox([self.number, self.words, ipywidgets.HBox(list(self.voters.values())), ipywidgets.HBox([self.question.box, ipywidgets.VBox(rows)])])
+    question = ipywidgets.VBox([ipywidgets.Label(), self.question.box])
+    answers = [ipywidgets.VBox([self.titles[name], side_by_side(*(cell.box for cell in cells))]) for name, cells in self.answers.items()]
+    return ipywidgets.VBox([self.number, self.words, side_by_side(*self.voters.values()), ipywidgets.HBox([question, ipywidgets.VBox(answers)])])
 
 # %% ../nbs/14_show.ipynb #2e83eb10
 def sparkline(
@@ -823,13 +851,15 @@ def sparkline(
 
 # %% ../nbs/14_show.ipynb #70ecbc0e
 class TrainingPanel(Movable):
-    "Loss and recall of a run while it trains; lines of text where there are no widgets."
+    "Loss, recall and examples of a run while it trains; lines of text where there are no widgets."
     def __init__(self,
         steps: int = None, # of the whole run, if known
         every: float = 2,  # seconds between two drawings or lines
         say=print,         # what a line of text is given to
+        dataset=None,      # opened with the model's transform, for examples
+        queries=(),        # which of its triplets are ranked at every validation
     ):
-        self.steps, self.every, self.say = steps, every, say
+        self.steps, self.every, self.say, self.dataset, self.queries = steps, every, say, dataset, queries
         self.rows, self.validations, self.examples, self.drawn = [], [], None, -math.inf
 
 # %% ../nbs/14_show.ipynb #8b68edc5
@@ -869,7 +899,7 @@ def _fill(self: TrainingPanel):
     "Bring the widget up to date."
     progress, line, curves, examples = self.parts
     if self.rows: progress.value = min(progress.max, int(self.rows[-1].get("step", 0)))
-    line.value, curves.value = escape(self.line()), html_image(self.figure(), "training curves")
+    line.value, curves.value = f'<span style="white-space:pre-wrap">{escape(self.line())}</span>', html_image(self.figure(), "training curves")
     if self.examples is not None: examples.value = html_image(self.examples, "examples")
 
 # %% ../nbs/14_show.ipynb #b56a6014
@@ -890,6 +920,20 @@ def __call__(
     judged = any("recall" in key for key in row)
     (self.validations if judged else self.rows).append(row)
     if judged or monotonic() - self.drawn > self.every: self.refresh()
+
+# %% ../nbs/14_show.ipynb #8f0b6a27
+@patch
+def see(
+    self: TrainingPanel,
+    model,  # CaLa, as it is now
+):
+    "Have the example queries answered; `train` calls this before it hands over the row of a validation."
+    if not len(self.queries): return
+    explorer = QueryExplorer(model, self.dataset, k=5)
+    answers = [explorer.pick(i)[""] for i in self.queries]
+    self.examples = draw_rankings(self.dataset.gallery, answers, k=5)
+    if "widget" in self.__dict__: return
+    for answer in answers: self.say(f"  {answer.caption}: the target has rank {answer.rank}")
 
 # %% ../nbs/14_show.ipynb #a86623a4
 @patch

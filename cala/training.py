@@ -426,7 +426,7 @@ class Trainer:
         recipe: Recipe, # how to train
         watch=None,     # called with every row of the log and of the metrics, for a live picture
     ):
-        self.recipe, self.watch, self.output = recipe, watch or (lambda row: None), run_folder(recipe)
+        self.recipe, self.watch, self.output = recipe, (lambda row: None) if watch is None else watch, run_folder(recipe)
         check_output(self.output, recipe)
         AcceleratorState._reset_state()  # a second run in one process (a notebook) may want another precision
         self.accelerator = Accelerator(mixed_precision=recipe.precision, log_with=trackers(recipe, self.output), kwargs_handlers=among_ranks(recipe))
@@ -896,6 +896,7 @@ def validate(self: Trainer) -> dict:  # a row of metrics.csv
     if self.accelerator.num_processes == 1: found = evaluate(model, data, **how)
     else: found = measure(model.frame, [self.embed_together(one, **how) for one in self.validation], self.validation)
     row = dict(epoch=self.run.epochs_done, score=found["mean"], **found, missing_train=self.data.left_out["pictures"])
+    if hasattr(self.watch, "see") and self.accelerator.is_main_process: self.watch.see(model)
     self.run.metrics.append(row); self.watch(row)
     numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
     self.accelerator.log(numbers, step=len(self.run.log))
@@ -1033,7 +1034,7 @@ def go(
 # %% ../nbs/13_training.ipynb #903515e3
 def train(
     recipe: Recipe,        # how
-    watch=None,            # called with every row of the log and of the metrics
+    watch=None,            # called with every row of the log and of the metrics; its `see`, if any, with the model before the latter
     progress: bool = True, # show a bar
 ) -> Run:
     "Train CaLa as the recipe says; the folder holds log.csv, metrics.csv, best/ and last/."

@@ -11,7 +11,11 @@ matplotlib.use("Agg")
 
 from cala.commands import CalaError
 from cala.data import CIRR
-from cala.show import Ranking, draw_rankings, edit_kinds, loss_curves, per_kind_recall, recall_curve, show_triplet, show_triplets
+from cala.encoders import make_backbone, read_vocabulary, save_backbone
+from cala.model import CaLa
+from cala.retrieval import evaluate
+from cala.show import QueryExplorer, Ranking, TrainingPanel, draw_rankings, edit_kinds, loss_curves, per_kind_recall, recall_curve, show_triplet, show_triplets
+from cala.training import Recipe, train
 from cala.worlds import draw_cirr
 
 CAPTIONS = ["is red", "costs $5 and not $10", "größer, 大きい", "word " * 150, "w" * 400, "", "two\nlines"]
@@ -39,6 +43,8 @@ def assert_readable(fig):
         for other, further in boxes[:i]:
             wide, high = min(box.x1, further.x1) - max(box.x0, further.x0), min(box.y1, further.y1) - max(box.y0, further.y0)
             assert min(wide, high) < 1.5, f"{text[:40]!r} overlaps {other[:40]!r}"
+    for ax in fig.axes:
+        if legend := ax.get_legend(): assert not ax.bbox.padded(-1).overlaps(legend.get_window_extent()), "a line may run through the names"
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
@@ -101,3 +107,34 @@ def test_real_annotations_have_no_kinds_and_say_so(world):
     assert set(edit_kinds(data)) == set(json.loads((world / "drawn/edits.val.json").read_text()).values())
     data.root = world / "nowhere"
     with pytest.raises(CalaError, match="drawn"): edit_kinds(data)
+
+
+def test_a_panel_with_examples_does_not_change_the_run(world, tmp_path):
+    vocabulary = read_vocabulary([triplet.captions[0] for triplet in CIRR(world, "train").triplets])
+    save_backbone(make_backbone("tiny", vocabulary=vocabulary, width=32, heads=2, layers=2, dropout=0.1), tmp_path / "small.safetensors")
+    recipe = dict(encoder_arch="tiny", backbone_weights=str(tmp_path / "small.safetensors"), data_root=str(world), batch_size=6, num_epochs=2, max_epoch=2)
+    seen, said = CIRR(world, "val", make_backbone("tiny", vocabulary=vocabulary, width=32, heads=2, layers=2).transform()), []
+    panel = TrainingPanel(every=1e9, say=said.append, dataset=seen, queries=[0, 9])
+    runs = [train(Recipe(**recipe, output=str(tmp_path / name)), watch=watch, progress=False) for name, watch in (("alone", None), ("watched", panel))]
+    for name in ("log.csv", "metrics.csv", "last/model.safetensors"): assert runs[0].output.joinpath(name).read_bytes() == runs[1].output.joinpath(name).read_bytes()
+    ranks = evaluate(runs[1].model, seen, progress=False).ranks["rank"]
+    assert [line for line in said if line.startswith("  ")][-2:] == [f"  {seen.caption(i)}: the target has rank {ranks[i]}" for i in (0, 9)]
+
+
+def test_hand_and_program_move_the_same_widget(world):
+    seen = CIRR(world, "val", make_backbone("tiny", vocabulary=["a"], width=32, heads=2, layers=2).transform())
+    explorer = QueryExplorer({name: CaLa(make_backbone("tiny", vocabulary=["a"], width=32, heads=2, layers=2, seed=seed)) for seed, name in enumerate(("one", "two"))}, seen, k=3)
+    asked, plain = [], QueryExplorer.ask
+    explorer.ask = lambda *query: (asked.append(query), plain(explorer, *query))[1]
+    explorer.widget
+    del asked[:]
+    for act in (lambda: setattr(explorer.number, "value", 5), lambda: setattr(explorer.words, "value", "is red"), lambda: explorer.pick(7), lambda: explorer.add("CTR"),
+                lambda: setattr(explorer.voters["CTR"], "value", False), lambda: explorer.answers["two"][1].button.click()):
+        act()
+        assert len(asked) == 1, "one question a move"
+        (reference, sentence, *_), = asked
+        shown = {name: [cell.position for cell in cells] for name, cells in explorer.answers.items()}
+        assert explorer.question.position == reference and explorer.words.value == sentence and explorer.number.value == explorer.picked
+        assert shown == {name: ranking.order[:3] for name, ranking in explorer.rankings.items()}
+        assert {name for name, box in explorer.voters.items() if box.value} == explorer.added
+        del asked[:]

@@ -251,7 +251,7 @@ class DataFlags(ModelFlags):
 def filled(
     flags: DataFlags,  # as typed
 ) -> DataFlags:
-    "Flags that were left out, from the checkpoint's recipe or the seed's defaults; impossible values raise `CalaError`."
+    "Flags that were left out, from the checkpoint's recipe or the released program's defaults; impossible values raise `CalaError`."
     said = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     for key, default in dict(transform="targetpad", target_ratio=1.25, dataset=None).items():
         if getattr(flags, key, "") is None: setattr(flags, key, said.get(key) or default)
