@@ -35,7 +35,7 @@ def association_logits(
 # %% ../nbs/09_objectives.ipynb #48dffa66
 def _between(name, value, low, high):
     "`value`, if it lies between `low` and `high`; a `CalaError` otherwise."
-    if not low <= value <= high: raise CalaError(f"{name} is {value}; give a number from {low:g} to {high:g}")
+    if not low <= value <= high: raise CalaError(f"--{name} {value}: give a number from {low:g} to {high:g}")
     return value
 
 # %% ../nbs/09_objectives.ipynb #3ff64e38

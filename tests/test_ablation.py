@@ -84,14 +84,4 @@ def test_mistakes(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_the_committed_table_is_of_these_arms():
-    rows = pd.read_csv(COMMITTED / "rows.csv")
-    assert set(rows.arm) <= set(ablation.arms()) and set(rows.setting) <= {name for part in ablation.settings(ablation.Ablation()).values() for name in part}
-    whole = rows[rows.setting == "both"].groupby(["world", "arm"]).seed.nunique()
-    assert (whole >= 5).all() and len(whole) == 2 * len(ablation.arms())
-    for _, row in rows.groupby("arm").head(1).iterrows():
-        said = asdict(parse_flags(Recipe, shlex.split(row.recipe)[1:]))
-        assert ablation.arms()[row.arm].items() <= said.items()
-
-
 def test_the_default_recipe_is_one_of_the_three(): assert asdict(Recipe())["objective"] == RECIPES["cala"]["objective"]
