@@ -17,9 +17,7 @@ COMMITTED = Path(__file__).parent.parent / "nbs/tutorials/ablation"
 @pytest.fixture
 def small(monkeypatch):
     "Worlds of a few pictures, runs of a few steps, one step of stage 1."
-    draw, stage1 = ablation.draw_cirr, ablation.stage1
-    monkeypatch.setattr(ablation, "draw_cirr", lambda root, train, val, test1, seed: draw(root, train=train // 40, val=val // 30, test1=0, size=48, seed=seed))
-    monkeypatch.setattr(ablation, "stage1", lambda folder, world: stage1(folder, world, steps=1))
+    for key, value in dict(train=12, stage1=24, cirr=5, steps=1).items(): monkeypatch.setitem(ablation.SIZES, key, value)
     monkeypatch.setattr(ablation, "BASE", ablation.BASE | dict(triplets=32, batch_size=16, num_epochs=1))
     monkeypatch.setattr(ablation, "WATCHED", (1, 2))
 
