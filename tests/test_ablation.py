@@ -65,7 +65,7 @@ def command(*words): return run_command(ablation.main, ["--parts", "slice", "--w
 def test_what_is_there_is_not_run_again(tmp_path, capsys):
     rows_of(tmp_path, 1.)
     command("--output", tmp_path)
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == 10 and "both paper normalised" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == 12 and "both paper normalised" in capsys.readouterr().out
     assert not (tmp_path / "worlds").exists()
 
 
@@ -73,7 +73,7 @@ def test_another_table_is_agreed_with_or_not(tmp_path, capsys):
     for name, gain in (("a", 1.), ("b", 1.05), ("c", 7.)): rows_of(tmp_path / name, gain); command("--output", tmp_path / name)
     command("--output", tmp_path / "a", "--compare", tmp_path / "b/rows.csv")
     with pytest.raises(SystemExit) as ended: command("--output", tmp_path / "a", "--compare", tmp_path / "c/rows.csv")
-    assert ended.value.code == 2 and "4 of 4 effects are not those of" in capsys.readouterr().err
+    assert ended.value.code == 2 and "5 of 5 effects are not those of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, says", [(["--parts", "all"], "table, reasons"), (["--worlds", "coco"], "cirr, fashioniq"), (["--seeds", "0"], "1 or more"), (["--compare", "none.csv"], "no such file")])
