@@ -64,9 +64,9 @@ def test_every_switch_of_the_table_is_a_flag_of_cala_train_or_an_argument(table)
     flags, arguments = {f"--{f.name.replace('_', '-')}" for f in fields(Recipe)}, signature(CaLa).parameters
     switches = " ".join(row[2] for row in table.values())
     named = set(re.findall(r"--[a-z-]+", switches))
-    assert named <= flags and {"--schedule", "--objective", "--learned-temperature", "--allow-missing", "--comet-offline"} <= named
+    assert named <= flags and {"--schedule", "--objective", "--recipe", "--features", "--padding", "--learned-temperature", "--allow-missing", "--comet-offline"} <= named
     assert set(re.findall(r"CaLa\((\w+)", switches)) == {"normalise", "mask_padding"} and {"normalise", "mask_padding"} <= set(arguments)
-    for flag, value in re.findall(r"(--[a-z-]+) (released|paper|cosine|text)", switches): parse_flags(Recipe, [flag, value])  # the values are choices too
+    for flag, value in re.findall(r"(--[a-z-]+) (released|paper|cosine|text|raw|read)", switches): parse_flags(Recipe, [flag, value])  # the values are choices too
 
 
 def test_the_table_has_every_quirk_and_every_room_it_names(table):
