@@ -38,7 +38,7 @@ def still_flags(world, output, *more, **how):
 def train_flags(world, output, *more, epochs=2):
     "Words of cala-train for `epochs` times two steps on CIRR; later words overrule earlier ones."
     words = ["--dataset", "CIRR", "--data-root", world, "--encoder-arch", "tiny", "--backbone-weights", world / "small.safetensors", "--batch-size", 16,
-             "--learning-rate", "1e-3", "--num-epochs", epochs, "--max-epoch", epochs, "--output", output, *more]
+             "--learning-rate", "1e-3", "--objective", "released", "--num-epochs", epochs, "--max-epoch", epochs, "--output", output, *more]
     return [str(word) for word in words]
 
 
