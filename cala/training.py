@@ -164,7 +164,7 @@ class KeepRecipe:
 
 # %% ../nbs/13_training.ipynb #df628598
 PLAIN = dict(encoder="both", objective="released", tac_weight=.45, hca_weight=.1, alpha=.1, beta=.1, schedule="cosine")
-RECIPES = dict(released=dict(schedule="released"), paper=dict(objective="paper", encoder="multi"), cala=dict(objective="paper", alpha=.3, beta=0.))
+RECIPES = dict(released=dict(schedule="released"), paper=dict(objective="paper", encoder="multi"), cala=dict(objective="paper", features="raw", qtm_scale=55.))
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
 
 def said_objective(
@@ -183,7 +183,7 @@ def fill_in(
     objective = said_objective(recipe)
     named = {} if objective and not recipe.recipe else RECIPES[recipe.recipe or "cala"]
     for key, value in (PLAIN | named | dict(objective=objective or (PLAIN | named)["objective"])).items():
-        if getattr(recipe, key) is None: setattr(recipe, key, value)
+        if getattr(recipe, key) is None and (key != "qtm_scale" or recipe.cir_frame != "artemis"): setattr(recipe, key, value)  # ARTEMIS has no scale
 
 # %% ../nbs/13_training.ipynb #c9f8466b
 CHOICES = dict(dataset=["CIRR", "FashionIQ"], protocol=["original", "val"], encoder=["both", "multi", "text"],

@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'RELEASED', 'PAPER', 'MAIN', 'BASE', 'WORLDS', 'SIZES', 'KEP
            'spoken_recipe', 'trained', 'open_kept', 'run_job', 'prepare', 'keep_row', 'collect', 'everywhere', 'paired',
            'bootstrap', 'effects', 'forest', 'compared', 'judged', 'main']
 
-# %% ../../nbs/29_ablation.ipynb #83acc5bd
+# %% ../../nbs/29_ablation.ipynb #65af89b8
 import json
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/29_ablation.ipynb #49f471bc
+# %% ../../nbs/29_ablation.ipynb #d4f7b193
 from ..commands import CalaError
 from ..commands import command
 from ..data import collate
@@ -57,7 +57,7 @@ from ..training import Trainer
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/29_ablation.ipynb #a8a6fb8b
+# %% ../../nbs/29_ablation.ipynb #f5183e1e
 @dataclass
 class Ablation:
     "Many short trainings that differ in one thing each; a CSV row a run."
@@ -79,7 +79,7 @@ def _some(given, known, flag):
     if not words or not set(words) <= set(known): raise CalaError(f"{flag} {given}: give some of {', '.join(known)}")
     return words
 
-# %% ../../nbs/29_ablation.ipynb #d1d0894d
+# %% ../../nbs/29_ablation.ipynb #48158e2d
 ALONE = dict(objective="paper", alpha=0., beta=0.)
 RELEASED = {"+TBIA": [(0., .1)], "+CTR": [(.45, 0.), (.1, 0.)], "both": [(.45, .1)]}  # tac_weight, hca_weight
 PAPER = {"+TBIA": [(.1, 0.), (.3, 0.)], "+CTR": [(0., .1), (0., .3)], "both": [(.1, .1), (.3, .1)]}      # alpha, beta
@@ -94,10 +94,10 @@ def arms() -> dict:  # name -> flags
                 for pair in weights: found[f"{name} {objective} {features} {pair[0]:g}/{pair[1]:g}"] = dict(objective=objective, features=features, **dict(zip(keys, pair)))
     return found
 
-# %% ../../nbs/29_ablation.ipynb #7ad7da9a
+# %% ../../nbs/29_ablation.ipynb #8ef057f1
 MAIN = "QTM", "+TBIA paper normalised 0.3/0", "+CTR paper normalised 0/0.1", "both paper normalised 0.3/0.1", "both released raw 0.45/0.1", "QTM at scale 55"
 
-# %% ../../nbs/29_ablation.ipynb #4f0105cd
+# %% ../../nbs/29_ablation.ipynb #155c3136
 BASE = dict(encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3)
 WORLDS = dict(cirr={}, fashioniq=dict(triplets=300, num_epochs=26))  # FashionIQ's drawn galleries are smaller, and easy with a thousand triplets
 
@@ -109,7 +109,7 @@ class Setting(NamedTuple):
     worlds: tuple = ("cirr",)
     seeds: int = 100       # at most so many
 
-# %% ../../nbs/29_ablation.ipynb #cee66d2a
+# %% ../../nbs/29_ablation.ipynb #770cd9c8
 def regimes() -> dict:  # name -> Setting
     "Where else the main arms are compared."
     arms = tuple(name for name in MAIN if name != "both paper normalised 0.3/0.1")
@@ -129,7 +129,7 @@ def settings(
     return dict(table=table, reasons=dict(reasons=Setting(dict(validation_frequency=1), watched, seeds=3)), regimes=regimes(),
                 slice=dict(both=Setting({}, MAIN, worlds=bench.worlds, seeds=2)))
 
-# %% ../../nbs/29_ablation.ipynb #126a14d6
+# %% ../../nbs/29_ablation.ipynb #5b059f30
 class Job(NamedTuple):
     "One run."
     setting: str
@@ -150,7 +150,7 @@ def jobs(
     return [Job(name, world, seed, arm, BASE | WORLDS[world] | s.flags | flags[arm], s.spoil) for seed in range(bench.seeds) for part in bench.parts
             for name, s in chosen[part].items() if seed < s.seeds for world in s.worlds for arm in s.arms]
 
-# %% ../../nbs/29_ablation.ipynb #4af94be8
+# %% ../../nbs/29_ablation.ipynb #fb4bba54
 SIZES = dict(train=500, stage1=1800, cirr=167, fashioniq=250, steps=800)  # groups or garments to train on, and to judge on; steps of stage 1
 KEPT, STAGE1 = 1000, 2000  # added to a seed: the world that is kept for the report; the world of stage 1
 
@@ -167,7 +167,7 @@ def draw_world(
     else: draw_fashioniq(root, train=train, val=val, test=0, seed=seed)
     return spoilt(root, spoil, seed) if spoil else root
 
-# %% ../../nbs/29_ablation.ipynb #75a4e1f0
+# %% ../../nbs/29_ablation.ipynb #40b1d052
 def spoilt(
     root: Path,   # of a CIRR world
     how: str,     # partial: half of the words are gone; swapped: three in ten sentences belong to other pairs
@@ -185,7 +185,7 @@ def spoilt(
     write_atomically(path, json.dumps(rows).encode()); note_made(copy, dict(spoilt=how))
     return copy
 
-# %% ../../nbs/29_ablation.ipynb #c36c744a
+# %% ../../nbs/29_ablation.ipynb #2d620774
 def stage1(
     folder: Path,      # of the ablation
     world: str,        # cirr or fashioniq
@@ -201,7 +201,7 @@ def stage1(
     path.parent.mkdir(parents=True, exist_ok=True); save_backbone(backbone, path); note_made(path, made)
     return path
 
-# %% ../../nbs/29_ablation.ipynb #070976eb
+# %% ../../nbs/29_ablation.ipynb #dd41f041
 def recipe_of(
     job: Job,
     folder: Path,  # of the ablation
@@ -214,7 +214,7 @@ def recipe_of(
                 save_training=False, save_best=False, output=output)
     return Recipe(**rest | dict(validation_frequency=epochs) | job.flags)
 
-# %% ../../nbs/29_ablation.ipynb #0eeb1b3f
+# %% ../../nbs/29_ablation.ipynb #c3f435dd
 def spoken_recipe(
     recipe: Recipe,
     always: tuple = (),  # flags that are said even where they are the default
@@ -222,12 +222,12 @@ def spoken_recipe(
     "A recipe as a command line."
     plain, skip, words = Recipe(), ("output", "data_root", "backbone_weights", "cache_dir"), ["cala-train"]
     for key, value in vars(recipe).items():
-        if key in skip or value == getattr(plain, key) and key not in always: continue
+        if value is None or key in skip or value == getattr(plain, key) and key not in always: continue
         flag = key.replace("_", "-")
         words += [f"--no-{flag}"] if value is False else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     return shlex.join(words)
 
-# %% ../../nbs/29_ablation.ipynb #20126eaf
+# %% ../../nbs/29_ablation.ipynb #23743ac6
 WATCHED = 1, 15, 30, 45, 60, 75, 90, 105, 120  # steps after which probes are taken
 
 def trained(
@@ -246,7 +246,7 @@ def trained(
     trainer.go(progress=False)
     return trainer, looked
 
-# %% ../../nbs/29_ablation.ipynb #db37b4a5
+# %% ../../nbs/29_ablation.ipynb #dd4feedb
 def open_kept(
     folder: Path,  # of the ablation
     world: str,
@@ -258,7 +258,7 @@ def open_kept(
     use_caches(model, data, "tokens", folder / "tokens" / f"{world}-{seed + KEPT}")
     return data
 
-# %% ../../nbs/29_ablation.ipynb #81fdd663
+# %% ../../nbs/29_ablation.ipynb #4064252b
 TOLD = "recall_at1", "recall_at10", "recall_at50", "group_recall_at1", "mean"  # of a result, where it has them
 
 def run_job(
@@ -278,7 +278,7 @@ def run_job(
     row |= {f"end_{name}": round(value, 4) for name, value in ends.items()}
     return row | dict(curve=" ".join(f"{r[key]:.1f}" for r in run.metrics), seconds=round(took, 1), recipe=spoken_recipe(run.recipe, job.flags)), looked
 
-# %% ../../nbs/29_ablation.ipynb #4f77fa50
+# %% ../../nbs/29_ablation.ipynb #99ed0263
 def prepare(
     world: str,
     seed: int,
@@ -293,7 +293,7 @@ def prepare(
     open_kept(folder, world, seed, model)
     for how in ("partial", "swapped") if world == "cirr" else (): draw_world(folder, world, seed, how)
 
-# %% ../../nbs/29_ablation.ipynb #ca359a78
+# %% ../../nbs/29_ablation.ipynb #d4af113d
 def keep_row(
     job: Job,
     folder: Path,
@@ -313,7 +313,7 @@ def collect(
     by = [key for key in ("setting", "world", "seed", "arm", "step")]
     return tuple(table.sort_values([key for key in by if key in table], ignore_index=True) for table in (rows, probes))
 
-# %% ../../nbs/29_ablation.ipynb #0cf9cb90
+# %% ../../nbs/29_ablation.ipynb #1ca74c61
 def everywhere(
     work,           # a function of this module
     todo: list,     # its arguments, a tuple a call
@@ -329,15 +329,16 @@ def everywhere(
         except BaseException:
             pool.shutdown(cancel_futures=True); raise
 
-# %% ../../nbs/29_ablation.ipynb #98e1d615
+# %% ../../nbs/29_ablation.ipynb #f39fd5c7
 def paired(
-    rows: pd.DataFrame,           # of `collect`
-    metric: str = "kept_mean",    # a column
-) -> pd.DataFrame:                # setting, world, arm, seed, difference
-    "Each run less QTM alone of the same setting, world and seed."
+    rows: pd.DataFrame,         # of `collect`
+    metric: str = "kept_mean",  # a column
+    against: str = "QTM",       # an arm
+) -> pd.DataFrame:              # setting, world, seed, arm, difference
+    "Each run less that arm's of the same setting, world and seed."
     place = ["setting", "world", "seed"]
-    alone = rows[rows.arm == "QTM"].set_index(place)[metric]
-    others = rows[rows.arm != "QTM"].join(alone.rename("alone"), on=place)
+    alone = rows[rows.arm == against].set_index(place)[metric]
+    others = rows[rows.arm != against].join(alone.rename("alone"), on=place)
     return others.assign(difference=others[metric] - others.alone)[[*place, "arm", "difference"]].dropna()
 
 def bootstrap(
@@ -350,14 +351,15 @@ def bootstrap(
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 def effects(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,         # as for `paired`
     metric: str = "kept_mean",
+    against: str = "QTM",
 ) -> pd.DataFrame:  # a row a setting, world and arm: mean, deviation, low, high, above (seeds with a gain), seeds
-    "What each arm gains over QTM alone."
+    "What each arm gains over another."
     def summed(d): return pd.Series(dict(mean=d.mean(), deviation=d.std(), **dict(zip(("low", "high"), bootstrap(d))), above=(d > 0).sum(), seeds=len(d)))
-    return paired(rows, metric).groupby(["setting", "world", "arm"]).difference.apply(summed).unstack().astype(dict(above=int, seeds=int)).reset_index()
+    return paired(rows, metric, against).groupby(["setting", "world", "arm"]).difference.apply(summed).unstack().astype(dict(above=int, seeds=int)).reset_index()
 
-# %% ../../nbs/29_ablation.ipynb #3f6dda43
+# %% ../../nbs/29_ablation.ipynb #6e135789
 def forest(
     found: pd.DataFrame,  # of `effects`, of one setting
     each: pd.DataFrame,   # of `paired`, of the same
@@ -378,7 +380,7 @@ def forest(
         fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../../nbs/29_ablation.ipynb #3db32b36
+# %% ../../nbs/29_ablation.ipynb #e5556571
 def compared(
     ours: pd.DataFrame,    # rows
     theirs: pd.DataFrame,  # rows of more seeds
@@ -390,7 +392,7 @@ def compared(
     both["allowed"] = 3 * both.deviation_theirs * (1 / both.seeds + 1 / both.seeds_theirs) ** .5
     return both.assign(agrees=(both["mean"] - both.mean_theirs).abs() <= both.allowed)[[*place, "mean", "mean_theirs", "allowed", "agrees"]]
 
-# %% ../../nbs/29_ablation.ipynb #fea50e5b
+# %% ../../nbs/29_ablation.ipynb #c5f0a19c
 def judged(
     found: pd.DataFrame,  # of `compared`
     path: str,            # of the other table
@@ -400,7 +402,7 @@ def judged(
     if found.agrees.all(): return f"{text}\nall {len(found)} effects are those of {path}"
     raise CalaError(f"{(~found.agrees).sum()} of {len(found)} effects are not those of {path}: {', '.join(found[~found.agrees].arm)}")
 
-# %% ../../nbs/29_ablation.ipynb #12e05940
+# %% ../../nbs/29_ablation.ipynb #e10f4f10
 @command
 def main(
     bench: Ablation, # every field is a flag

@@ -61,7 +61,7 @@ class Demo:
     epochs: int = 5              # of stage 2
     batch_size: int = 128        # of both stages
     stage1_rate: float = 1e-3    # learning rate of stage 1
-    learning_rate: float = 3e-3  # learning rate of stage 2
+    learning_rate: float = 1.5e-3 # learning rate of stage 2
     recipe: str = "cala"         # of the CaLa row: cala, released or paper
     seed: int = 0                # of world, weights and order
     threads: int = 1             # torch threads of each process
