@@ -121,14 +121,15 @@ def peak_memory(
 ):  # yields a dict; afterwards its "bytes" are known
     "The most memory in use inside the block: the device's, or the process's."
     found, stop, process = dict(bytes=0), threading.Event(), psutil.Process()
+    def look(): found["bytes"] = max(found["bytes"], process.memory_info().rss)
     def watch():
-        while not stop.wait(.005): found["bytes"] = max(found["bytes"], process.memory_info().rss)
+        while not stop.wait(.005): look()
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try: yield found
     finally:
-        stop.set(); thread.join()
+        look(); stop.set(); thread.join()  # on a busy machine the thread may not have had its turn
         if device.type == "cuda": found["bytes"] = torch.cuda.max_memory_allocated(device)
 
 # %% ../../nbs/27_benchmark.ipynb #12a6c136
