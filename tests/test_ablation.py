@@ -82,4 +82,22 @@ def test_mistakes(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
+def test_the_committed_table_is_of_these_arms():
+    rows = pd.read_csv(COMMITTED / "rows.csv")
+    assert set(rows.arm) <= set(ablation.arms()) and set(rows.setting) <= {name for part in ablation.settings(ablation.Ablation()).values() for name in part}
+    whole = rows[rows.setting == "both"].groupby(["world", "arm"]).seed.nunique()
+    assert (whole >= 5).all() and len(whole) == 2 * len(ablation.arms())
+    for _, row in rows.groupby("arm").head(1).iterrows():
+        said = asdict(parse_flags(Recipe, shlex.split(row.recipe)[1:]))
+        assert ablation.arms()[row.arm].items() <= said.items()
+
+
 def test_the_default_recipe_is_one_of_the_three(): assert asdict(Recipe())["objective"] == RECIPES["cala"]["objective"]
+
+
+def test_readme_says_what_the_committed_table_says():
+    found = ablation.effects(pd.read_csv(COMMITTED / "rows.csv")).set_index(["setting", "arm", "world"]).loc["both"]
+    readme = (COMMITTED.parents[2] / "README.md").read_text()
+    for arm in ("both released raw 0.45/0.1", "QTM at scale 55", "both paper raw 0.1/0.1 at scale 55"):
+        cells = [f"{r['mean']:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in (found.loc[(arm, world)] for world in ("cirr", "fashioniq"))]
+        assert " | ".join(cells) in readme, arm

@@ -126,7 +126,7 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert "do not fill a batch of 4096" in says("--batch-size", 4096)
     assert "no transform" in says("--transform", "stretch")
     assert "takes no hidden_dim" in says("--hidden-dim", 64)
-    assert "--projection-dim -3 --hidden-dim 256: give widths of 1 or more" in says("--cir-frame", "combiner", "--projection-dim", -3)
+    assert "--projection-dim -3: give a number above 0" in says("--cir-frame", "combiner", "--projection-dim", -3)
     assert "has no --trunk-precision" in says("--trunk-precision", "bf16")
     assert "https://example.org/a.pt is a URL: give a file" in says("--encoder-arch", "clip", "--backbone-weights", "https://example.org/a.pt")
     assert f"{world} is a folder: give a file" in says("--encoder-arch", "clip", "--backbone-weights", world)

@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'RELEASED', 'PAPER', 'MAIN', 'BASE', 'WORLDS', 'SIZES', 'KEP
            'spoken_recipe', 'trained', 'open_kept', 'run_job', 'prepare', 'keep_row', 'collect', 'everywhere', 'paired',
            'bootstrap', 'effects', 'forest', 'compared', 'judged', 'main']
 
-# %% ../../nbs/29_ablation.ipynb #65af89b8
+# %% ../../nbs/29_ablation.ipynb #02420249
 import json
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/29_ablation.ipynb #d4f7b193
+# %% ../../nbs/29_ablation.ipynb #0e911dfb
 from ..commands import CalaError
 from ..commands import command
 from ..data import collate
@@ -57,7 +57,7 @@ from ..training import Trainer
 from ..worlds import draw_cirr
 from ..worlds import draw_fashioniq
 
-# %% ../../nbs/29_ablation.ipynb #f5183e1e
+# %% ../../nbs/29_ablation.ipynb #ff45f28d
 @dataclass
 class Ablation:
     "Many short trainings that differ in one thing each; a CSV row a run."
@@ -79,7 +79,7 @@ def _some(given, known, flag):
     if not words or not set(words) <= set(known): raise CalaError(f"{flag} {given}: give some of {', '.join(known)}")
     return words
 
-# %% ../../nbs/29_ablation.ipynb #48158e2d
+# %% ../../nbs/29_ablation.ipynb #f9bec3c4
 ALONE = dict(objective="paper", alpha=0., beta=0.)
 RELEASED = {"+TBIA": [(0., .1)], "+CTR": [(.45, 0.), (.1, 0.)], "both": [(.45, .1)]}  # tac_weight, hca_weight
 PAPER = {"+TBIA": [(.1, 0.), (.3, 0.)], "+CTR": [(0., .1), (0., .3)], "both": [(.1, .1), (.3, .1)]}      # alpha, beta
@@ -94,10 +94,10 @@ def arms() -> dict:  # name -> flags
                 for pair in weights: found[f"{name} {objective} {features} {pair[0]:g}/{pair[1]:g}"] = dict(objective=objective, features=features, **dict(zip(keys, pair)))
     return found
 
-# %% ../../nbs/29_ablation.ipynb #8ef057f1
+# %% ../../nbs/29_ablation.ipynb #d2d46562
 MAIN = "QTM", "+TBIA paper normalised 0.3/0", "+CTR paper normalised 0/0.1", "both paper normalised 0.3/0.1", "both released raw 0.45/0.1", "QTM at scale 55"
 
-# %% ../../nbs/29_ablation.ipynb #155c3136
+# %% ../../nbs/29_ablation.ipynb #92057bf4
 BASE = dict(encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3)
 WORLDS = dict(cirr={}, fashioniq=dict(triplets=300, num_epochs=26))  # FashionIQ's drawn galleries are smaller, and easy with a thousand triplets
 
@@ -109,15 +109,15 @@ class Setting(NamedTuple):
     worlds: tuple = ("cirr",)
     seeds: int = 100       # at most so many
 
-# %% ../../nbs/29_ablation.ipynb #770cd9c8
+# %% ../../nbs/29_ablation.ipynb #47e79c88
 def regimes() -> dict:  # name -> Setting
     "Where else the main arms are compared."
     arms = tuple(name for name in MAIN if name != "both paper normalised 0.3/0.1")
     flags = {"200 triplets": dict(triplets=200, num_epochs=40), "3000 triplets": dict(triplets=3000, num_epochs=3), "neighbours in a batch": dict(neighbours=3),
              "text encoder only": dict(encoder="text"), "learning rate x 3": dict(learning_rate=3e-3)}
     long = {"batch of 256": dict(batch_size=256, num_epochs=16), "three times as long": dict(num_epochs=24)}
-    spoilt = {f"{how} sentences": Setting({}, arms, how, seeds=3) for how in ("partial", "swapped")}
-    return {name: Setting(f, arms, seeds=3) for name, f in (flags | long).items()} | spoilt
+    spoilt = {f"{how} sentences": Setting({}, arms, how, seeds=2) for how in ("partial", "swapped")}
+    return {name: Setting(f, arms, seeds=2) for name, f in (flags | long).items()} | spoilt
 
 def settings(
     bench: Ablation,
@@ -126,10 +126,10 @@ def settings(
     multi = ("QTM", "QTM at scale 55", "both paper raw 0.1/0.1 at scale 55", *(name for name in arms() if "paper normalised" in name), "both released raw 0.45/0.1")
     table = dict(both=Setting({}, tuple(arms()), worlds=bench.worlds), multi=Setting(dict(encoder="multi"), multi, worlds=bench.worlds))
     watched = (*MAIN, "+CTR released raw 0.45/0", "both released normalised 0.45/0.1")
-    return dict(table=table, reasons=dict(reasons=Setting(dict(validation_frequency=1), watched, seeds=3)), regimes=regimes(),
+    return dict(table=table, reasons=dict(reasons=Setting(dict(validation_frequency=1), watched, seeds=2)), regimes=regimes(),
                 slice=dict(both=Setting({}, MAIN, worlds=bench.worlds, seeds=2)))
 
-# %% ../../nbs/29_ablation.ipynb #5b059f30
+# %% ../../nbs/29_ablation.ipynb #23cd89e8
 class Job(NamedTuple):
     "One run."
     setting: str
@@ -150,7 +150,7 @@ def jobs(
     return [Job(name, world, seed, arm, BASE | WORLDS[world] | s.flags | flags[arm], s.spoil) for seed in range(bench.seeds) for part in bench.parts
             for name, s in chosen[part].items() if seed < s.seeds for world in s.worlds for arm in s.arms]
 
-# %% ../../nbs/29_ablation.ipynb #fb4bba54
+# %% ../../nbs/29_ablation.ipynb #90fb36e6
 SIZES = dict(train=500, stage1=1800, cirr=167, fashioniq=250, steps=800)  # groups or garments to train on, and to judge on; steps of stage 1
 KEPT, STAGE1 = 1000, 2000  # added to a seed: the world that is kept for the report; the world of stage 1
 
@@ -167,7 +167,7 @@ def draw_world(
     else: draw_fashioniq(root, train=train, val=val, test=0, seed=seed)
     return spoilt(root, spoil, seed) if spoil else root
 
-# %% ../../nbs/29_ablation.ipynb #40b1d052
+# %% ../../nbs/29_ablation.ipynb #7e3725e1
 def spoilt(
     root: Path,   # of a CIRR world
     how: str,     # partial: half of the words are gone; swapped: three in ten sentences belong to other pairs
@@ -185,7 +185,7 @@ def spoilt(
     write_atomically(path, json.dumps(rows).encode()); note_made(copy, dict(spoilt=how))
     return copy
 
-# %% ../../nbs/29_ablation.ipynb #2d620774
+# %% ../../nbs/29_ablation.ipynb #79c2f7ac
 def stage1(
     folder: Path,      # of the ablation
     world: str,        # cirr or fashioniq
@@ -201,7 +201,7 @@ def stage1(
     path.parent.mkdir(parents=True, exist_ok=True); save_backbone(backbone, path); note_made(path, made)
     return path
 
-# %% ../../nbs/29_ablation.ipynb #dd41f041
+# %% ../../nbs/29_ablation.ipynb #98db2468
 def recipe_of(
     job: Job,
     folder: Path,  # of the ablation
@@ -214,7 +214,7 @@ def recipe_of(
                 save_training=False, save_best=False, output=output)
     return Recipe(**rest | dict(validation_frequency=epochs) | job.flags)
 
-# %% ../../nbs/29_ablation.ipynb #c3f435dd
+# %% ../../nbs/29_ablation.ipynb #c6564fc2
 def spoken_recipe(
     recipe: Recipe,
     always: tuple = (),  # flags that are said even where they are the default
@@ -227,7 +227,7 @@ def spoken_recipe(
         words += [f"--no-{flag}"] if value is False else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     return shlex.join(words)
 
-# %% ../../nbs/29_ablation.ipynb #23743ac6
+# %% ../../nbs/29_ablation.ipynb #5b6dee5d
 WATCHED = 1, 15, 30, 45, 60, 75, 90, 105, 120  # steps after which probes are taken
 
 def trained(
@@ -246,7 +246,7 @@ def trained(
     trainer.go(progress=False)
     return trainer, looked
 
-# %% ../../nbs/29_ablation.ipynb #dd4feedb
+# %% ../../nbs/29_ablation.ipynb #26aec457
 def open_kept(
     folder: Path,  # of the ablation
     world: str,
@@ -258,7 +258,7 @@ def open_kept(
     use_caches(model, data, "tokens", folder / "tokens" / f"{world}-{seed + KEPT}")
     return data
 
-# %% ../../nbs/29_ablation.ipynb #4064252b
+# %% ../../nbs/29_ablation.ipynb #fd4e7d0e
 TOLD = "recall_at1", "recall_at10", "recall_at50", "group_recall_at1", "mean"  # of a result, where it has them
 
 def run_job(
@@ -278,7 +278,7 @@ def run_job(
     row |= {f"end_{name}": round(value, 4) for name, value in ends.items()}
     return row | dict(curve=" ".join(f"{r[key]:.1f}" for r in run.metrics), seconds=round(took, 1), recipe=spoken_recipe(run.recipe, job.flags)), looked
 
-# %% ../../nbs/29_ablation.ipynb #99ed0263
+# %% ../../nbs/29_ablation.ipynb #54497ab8
 def prepare(
     world: str,
     seed: int,
@@ -293,7 +293,7 @@ def prepare(
     open_kept(folder, world, seed, model)
     for how in ("partial", "swapped") if world == "cirr" else (): draw_world(folder, world, seed, how)
 
-# %% ../../nbs/29_ablation.ipynb #d4af113d
+# %% ../../nbs/29_ablation.ipynb #66bc6b81
 def keep_row(
     job: Job,
     folder: Path,
@@ -313,7 +313,7 @@ def collect(
     by = [key for key in ("setting", "world", "seed", "arm", "step")]
     return tuple(table.sort_values([key for key in by if key in table], ignore_index=True) for table in (rows, probes))
 
-# %% ../../nbs/29_ablation.ipynb #1ca74c61
+# %% ../../nbs/29_ablation.ipynb #78c6a6f0
 def everywhere(
     work,           # a function of this module
     todo: list,     # its arguments, a tuple a call
@@ -329,7 +329,7 @@ def everywhere(
         except BaseException:
             pool.shutdown(cancel_futures=True); raise
 
-# %% ../../nbs/29_ablation.ipynb #f39fd5c7
+# %% ../../nbs/29_ablation.ipynb #a0dc2d4c
 def paired(
     rows: pd.DataFrame,         # of `collect`
     metric: str = "kept_mean",  # a column
@@ -359,7 +359,7 @@ def effects(
     def summed(d): return pd.Series(dict(mean=d.mean(), deviation=d.std(), **dict(zip(("low", "high"), bootstrap(d))), above=(d > 0).sum(), seeds=len(d)))
     return paired(rows, metric, against).groupby(["setting", "world", "arm"]).difference.apply(summed).unstack().astype(dict(above=int, seeds=int)).reset_index()
 
-# %% ../../nbs/29_ablation.ipynb #6e135789
+# %% ../../nbs/29_ablation.ipynb #87317e82
 def forest(
     found: pd.DataFrame,  # of `effects`, of one setting
     each: pd.DataFrame,   # of `paired`, of the same
@@ -380,7 +380,7 @@ def forest(
         fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../../nbs/29_ablation.ipynb #e5556571
+# %% ../../nbs/29_ablation.ipynb #8d62d0f2
 def compared(
     ours: pd.DataFrame,    # rows
     theirs: pd.DataFrame,  # rows of more seeds
@@ -392,7 +392,7 @@ def compared(
     both["allowed"] = 3 * both.deviation_theirs * (1 / both.seeds + 1 / both.seeds_theirs) ** .5
     return both.assign(agrees=(both["mean"] - both.mean_theirs).abs() <= both.allowed)[[*place, "mean", "mean_theirs", "allowed", "agrees"]]
 
-# %% ../../nbs/29_ablation.ipynb #c5f0a19c
+# %% ../../nbs/29_ablation.ipynb #c42b5832
 def judged(
     found: pd.DataFrame,  # of `compared`
     path: str,            # of the other table
@@ -402,7 +402,7 @@ def judged(
     if found.agrees.all(): return f"{text}\nall {len(found)} effects are those of {path}"
     raise CalaError(f"{(~found.agrees).sum()} of {len(found)} effects are not those of {path}: {', '.join(found[~found.agrees].arm)}")
 
-# %% ../../nbs/29_ablation.ipynb #e10f4f10
+# %% ../../nbs/29_ablation.ipynb #0487d10b
 @command
 def main(
     bench: Ablation, # every field is a flag
