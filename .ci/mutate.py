@@ -32,7 +32,7 @@ MUTANTS = [
            "tests/test_method.py -k released_objective"),
     Mutant("loss: alpha weighs CTR", "09_objectives", "objectives", '_between("beta", beta, 0, float("inf")) * contrast(z_ctr)', '_between("beta", alpha, 0, float("inf")) * contrast(z_ctr)',
            "tests/test_method.py -k paper_objective"),
-    Mutant("ranking: a tie counts against the target", "11_retrieval", "retrieval", "above = _count(scores, torch.gt, bar)", "above = _count(scores, torch.ge, bar) - 1",
+    Mutant("ranking: a tie counts against the target", "11_retrieval", "retrieval", "above, _ = _tally(scores, bar)", "above = sum(_tally(scores, bar)) - 1",
            "tests/test_retrieval.py -k plain_python"),
     Mutant("ranking: the reference is left in", "11_retrieval", "retrieval", "if exclude is not None: above -= (", "if exclude is not None: above -= 0 * (", "tests/test_retrieval.py -k plain_python"),
     Mutant("ranking: the reference is among its group's candidates", "11_retrieval", "retrieval", "((members > bar) & (groups != references[:, None])).sum(1)", "(members > bar).sum(1)",

@@ -9,7 +9,7 @@ __all__ = ['PLAIN', 'RECIPES', 'WEIGHTS', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'takes', 'make_model', 'open_split', 'draw_triplets', 'BatchSampler', 'rng_state', 'set_rng_state',
            'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compile_parts', 'Trainer', 'check_output',
            'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'height', 'Share',
-           'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'train']
+           'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'its_own', 'train']
 
 # %% ../nbs/13_training.ipynb #81d38b72
 import io
@@ -53,6 +53,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/13_training.ipynb #a45c8fa2
 from .commands import CalaError
+from .commands import alone
 from .data import collate
 from .data import open_dataset
 from .encoders import Embedding
@@ -1038,6 +1039,14 @@ def go(
         for tracker in accelerator.trackers: tracker.finish()  # a failed run's archive is whole too
     for line in notes(run, begin=False): accelerator.print(line)
 
+# %% ../nbs/13_training.ipynb #3481d9ba
+def its_own(
+    recipe: Recipe,  # new, or resumed
+):
+    "Inside, this run's folder is no other run's; `CalaError` if it is, or is not what the recipe needs."
+    check_output(run_folder(recipe), recipe)  # before it is made
+    return alone(run_folder(recipe)) if os.environ.get("RANK", "0") == "0" else nullcontext()
+
 # %% ../nbs/13_training.ipynb #903515e3
 def train(
     recipe: Recipe,        # how
@@ -1045,7 +1054,7 @@ def train(
     progress: bool = True, # show a bar
 ) -> Run:
     "Train CaLa as the recipe says; the folder holds log.csv, metrics.csv, best/ and last/."
-    with lost_ranks(run_folder(recipe)):
+    with lost_ranks(run_folder(recipe)), its_own(recipe):
         trainer = Trainer(recipe, watch)
         if recipe.resume: trainer.resume()
         with heeding(trainer): trainer.go(progress)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -118,6 +119,21 @@ def test_a_run_killed_at_twenty_random_moments_and_resumed_after_each_ends_as_if
         deaths += one_run(server, train_flags(world, folder, epochs=EPOCHS), folder, tmp_path / "said", moments[len(deaths):])
         assert kept(folder) == expected, deaths
     assert {(place, again) for place, _, again in deaths} >= {(place, True) for place in PLACES}
+
+
+def test_a_killed_run_is_resumed_at_once_though_the_processes_that_decoded_its_pictures_live_on_for_seconds(world, tmp_path, undisturbed, server):
+    words = train_flags(world, tmp_path / "run", "--num-workers", 2, epochs=EPOCHS)
+    deaths = one_run(server, words, tmp_path / "run", tmp_path / "said", [("in a step", undisturbed[1]["in a step"] // 2 + 1), ("in a step", 1)])
+    assert [again for *_, again in deaths] == [False, True] and kept(tmp_path / "run") == undisturbed[0]
+
+
+def test_of_two_runs_started_at_once_into_one_folder_one_trains_and_the_other_says_why_not(world, tmp_path, undisturbed, server):
+    both = [server.Process(target=run, args=(train_flags(world, tmp_path / "run", epochs=EPOCHS), tmp_path / str(number))) for number in range(2)]
+    for child in both: child.start()
+    for child in both: child.join(120)
+    assert sorted(child.exitcode for child in both) == [0, 2] and kept(tmp_path / "run") == undisturbed[0]
+    said = [(tmp_path / str(number)).read_text() for number, child in enumerate(both) if child.exitcode]
+    assert re.fullmatch(f"cala-train: (another process is at work in {tmp_path}/run; wait until it ends, or name another folder|{tmp_path}/run is not empty; .*)\n", said[0])
 
 
 def killed_in(work, fatal):

@@ -6,7 +6,7 @@
 __all__ = ['ALONE', 'RELEASED', 'PAPER', 'MAIN', 'BASE', 'WORLDS', 'SIZES', 'KEPT', 'STAGE1', 'WATCHED', 'TOLD', 'Ablation',
            'arms', 'Setting', 'regimes', 'settings', 'Job', 'jobs', 'draw_world', 'spoilt', 'stage1', 'recipe_of',
            'spoken_recipe', 'trained', 'open_kept', 'run_job', 'prepare', 'keep_row', 'collect', 'everywhere', 'paired',
-           'bootstrap', 'effects', 'forest', 'compared', 'judged', 'main']
+           'bootstrap', 'effects', 'forest', 'compared', 'judged', 'run_jobs', 'main']
 
 # %% ../../nbs/29_ablation.ipynb #02420249
 import json
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/29_ablation.ipynb #0e911dfb
 from ..commands import CalaError
+from ..commands import alone
 from ..commands import command
 from ..data import collate
 from ..data import open_dataset
@@ -402,20 +403,28 @@ def judged(
     if found.agrees.all(): return f"{text}\nall {len(found)} effects are those of {path}"
     raise CalaError(f"{(~found.agrees).sum()} of {len(found)} effects are not those of {path}: {', '.join(found[~found.agrees].arm)}")
 
-# %% ../../nbs/29_ablation.ipynb #0487d10b
-@command
-def main(
-    bench: Ablation, # every field is a flag
-):
-    "Run what is not there yet; write rows.csv and probes.csv; print what each arm gains."
-    folder, workers = Path(bench.output), bench.workers or os.cpu_count() or 1
+# %% ../../nbs/29_ablation.ipynb #6936fafc
+def run_jobs(
+    bench: Ablation,
+    folder: Path,  # of the ablation
+) -> tuple:        # rows, and rows of probes, of all that is there
+    "Run what is not there yet; write rows.csv and probes.csv."
+    todo, workers = [job for job in jobs(bench) if not (folder / "rows" / f"{job.name}.json").exists()], bench.workers or os.cpu_count() or 1
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs(bench) if not (folder / "rows" / f"{job.name}.json").exists()]
     everywhere(stage1, [(folder, world) for world in sorted({job.world for job in todo})], workers, "stage 1")
     everywhere(prepare, [(world, seed, folder) for seed, world in sorted({(job.seed, job.world) for job in todo})], workers, "worlds")
     everywhere(keep_row, [(job, folder) for job in todo], workers, "runs")
     rows, probes = collect(folder)
     for name, table in dict(rows=rows, probes=probes).items():
         if len(table): table.to_csv(folder / f"{name}.csv", index=False)
+    return rows, probes
+
+# %% ../../nbs/29_ablation.ipynb #523d4d72
+@command
+def main(
+    bench: Ablation, # every field is a flag
+):
+    "Run what is not there yet; write rows.csv and probes.csv; print what each arm gains."
+    with alone(bench.output): rows = run_jobs(bench, Path(bench.output))[0]
     print(effects(rows).round(2).to_string(index=False))
     if bench.compare: print(judged(compared(rows, pd.read_csv(bench.compare)), bench.compare))

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..commands import CalaError
+from ..commands import alone
 from ..commands import command
 from ..data import open_dataset
 from ..encoders import Backbone
@@ -234,5 +235,5 @@ def main(
     train, val = open_both(recipe)
     folder, model = output_folder(recipe.output or f"runs/{val.name}-combiner", ()), with_combiner(recipe)
     train.gallery.transform = val.gallery.transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
-    best = best_of(fit(model, train, val, recipe, folder)[1])
+    with alone(folder): best = best_of(fit(model, train, val, recipe, folder)[1])
     print(f"best of {recipe.num_epochs} epochs is {best['epoch']}, mean {best['score']:.2f}; judge it by cala-validate --checkpoint {folder / 'best'}")
