@@ -25,6 +25,19 @@ def draw_small_world(root, val=4):
     return root
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "In a module that imports it: bit for bit is promised on one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def still_flags(world, output, *more, **how):
     "Words of a run without any dropout: still.safetensors is small.safetensors without it."
     if not (world / "still.safetensors").exists():

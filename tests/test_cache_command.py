@@ -21,12 +21,8 @@ from cala.scripts.combiner import main as combiner
 from cala.scripts.train import main as train
 from cala.scripts.validate import main as validate
 from cala.worlds import draw_cirr
-from small_runs import draw_small_world
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+from small_runs import world
 
 
 def words(world, kept, *more):

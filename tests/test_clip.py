@@ -18,7 +18,7 @@ import cala.clip as room
 from cala.clip import Clip, cut_tower, find_architecture, open_model, shrink
 from cala.commands import CalaError
 from cala.data import image_transform
-from cala.encoders import MODES, make_backbone
+from cala.encoders import make_backbone
 from cala.model import CaLa, load_checkpoint, save_checkpoint
 from cala.training import parameter_groups
 

@@ -21,11 +21,11 @@ from cala.model import save_checkpoint
 from cala.scripts.train import main
 from cala.training import Trainer
 from saved_models import tiny
-from small_runs import draw_small_world
 from small_runs import exit_code
 from small_runs import kept
 from small_runs import server
 from small_runs import train_flags
+from small_runs import world
 
 EPOCHS = 4
 
@@ -72,10 +72,6 @@ def run(words, said, places=(), fatal=None):
     with open(said, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         run_command(main, words, prog="cala-train")
         print(json.dumps(calls))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
 
 
 def ended(server, *args): return exit_code(server.Process(target=run, args=args))

@@ -28,7 +28,7 @@ from cala.model import CaLa
 from cala.retrieval import evaluate
 from cala.training import Recipe, train
 from cala.worlds import draw_cirr
-from small_runs import draw_small_world, train_flags
+from small_runs import train_flags, world
 from cala.commands import parse_flags
 
 PICTURES, SHARD = 40, 8
@@ -336,10 +336,6 @@ def test_a_smaller_gallery_reads_its_part_of_a_larger_cache(gallery, tmp_path):
 
 
 # Targets
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
 
 
 def small_model(mode="multi", **options):

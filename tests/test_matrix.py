@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from small_runs import draw_small_world, train_flags
+from small_runs import one_thread, train_flags, world
 
 from cala.commands import CalaError, parse_flags, run_command
 from cala.composition import frames
@@ -19,19 +19,6 @@ BACKBONES = {  # words that choose it (train_flags has those of tiny), and the p
 }
 DATASETS = dict(CIRR=[[]], FashionIQ=[["--categories", name] for name in ("dress", "shirt", "toptee")])  # what training validates together, so that each batch is the same
 CATEGORIES = "dress_", "shirt_", "toptee_"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    "Bit for bit is promised on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -28,15 +28,11 @@ from cala.training import parameter_groups
 from cala.training import train
 from cala.worlds import draw_cirr
 from cala.worlds import draw_fashioniq
-from small_runs import draw_small_world
 from small_runs import lines_of
 from small_runs import train_flags
+from small_runs import world
 
 PROJECT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
 
 
 def recipe(world, output, *more, **how): return parse_flags(Recipe, train_flags(world, output, *more, **how))

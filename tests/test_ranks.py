@@ -20,14 +20,10 @@ from cala.commands import run_command
 from cala.model import load_checkpoint
 from cala.scripts.train import main
 from cala.worlds import draw_fashioniq
-from small_runs import draw_small_world
 from small_runs import lines_of
 from small_runs import still_flags
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+from small_runs import world
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from cala.composition import Combiner
 from cala.composition import Sum
 from cala.data import CIRR
 from cala.data import FashionIQ
-from cala.data import Triplet
 from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.retrieval import chance

@@ -22,14 +22,10 @@ from cala.model import read_recipe
 from cala.model import save_checkpoint
 from cala.scripts import validate
 from cala.scripts.train import main
-from small_runs import draw_small_world
 from small_runs import kept
 from small_runs import lines_of
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+from small_runs import world
 
 
 @pytest.fixture(autouse=True)

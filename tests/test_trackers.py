@@ -11,13 +11,9 @@ from cala.commands import run_command
 from cala.model import CaLa
 from cala.model import read_recipe
 from cala.scripts.train import main
-from small_runs import draw_small_world
 from small_runs import lines_of
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
+from small_runs import world
 
 
 def run(world, output, *more, **how): return run_command(main, train_flags(world, output, *more, **how), prog="cala-train")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import cala.training
 from cala.commands import CalaError
@@ -23,25 +22,13 @@ from cala.training import Recipe
 from cala.training import open_split
 from cala.training import train
 from cala.worlds import draw_cirr
-from small_runs import draw_small_world
 from small_runs import exit_code
 from small_runs import kept
 from small_runs import lines_of
+from small_runs import one_thread
 from small_runs import server
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    "Bit for bit is promised on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from small_runs import world
 
 
 def run(world, output, *more, **how): return run_command(main, train_flags(world, output, *more, **how), prog="cala-train")

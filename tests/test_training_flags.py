@@ -25,23 +25,11 @@ from cala.training import Recipe
 from cala.training import Trainer
 from cala.training import checkpoint_layers
 from cala.training import train
-from small_runs import draw_small_world
 from small_runs import lines_of
+from small_runs import one_thread
 from small_runs import still_flags
 from small_runs import train_flags
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): return draw_small_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    "Bit for bit is promised on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from small_runs import world
 
 
 def run(world, output, *more, **how): return train(parse_flags(Recipe, train_flags(world, output, *more, **how)), progress=False)
