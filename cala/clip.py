@@ -267,7 +267,9 @@ def open_model(
     look = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
     try:
         with _no_warnings(): return open_clip.create_model(name, pretrained=None, force_preprocess_cfg=look, **sizes).eval()
-    except RuntimeError as error: raise CalaError(f"open_clip cannot make {name}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        cure = "; LAVIS holds timm back, so use an environment without it (Python 3.12 or later), or give another --model-name" * ("timm" in str(error))
+        raise CalaError(f"open_clip cannot make {name}: {str(error).splitlines()[0]}{cure}") from error
 
 # %% ../nbs/06_clip.ipynb #4413a53b
 OPEN_WEIGHTS = "open_clip_model.safetensors"  # what open_clip calls its files on the hub
