@@ -135,11 +135,11 @@ def until(widget, true, what, patience=180):
     raise Fault(what)
 
 
-def after(widget, act, what):
-    "What the widget shows after a move; its pictures have to be others."
+def after(widget, act, what, changes="pictures"):
+    "What the widget shows after a move; its pictures, or its words, have to be others."
     before = until(widget, bool, "the kernel does not come to rest")
     act()
-    return until(widget, lambda now: now["pictures"] != before["pictures"], f"{what}, and the pictures stay as they were")
+    return until(widget, lambda now: now[changes] != before[changes], f"{what}, and the {changes} stay as they were".replace("said", "numbers"))
 
 
 def need(true, what):
@@ -168,8 +168,11 @@ def move_explorer(page, widget, shot):
     slid = after(widget, lambda: drag(page, widget, 0.6), "the slider was dragged")
     need(slid["sentence"] != first["sentence"] and slid["pictures"][1:] != first["pictures"][1:], "another triplet, and its sentence or ranking is still the old one")
     shot("slider dragged")
-    typed = after(widget, lambda: type_in(widget, "make everything small"), "a sentence was typed")
-    need(typed["pictures"][0] == slid["pictures"][0], "a sentence was typed, and the reference changed")
+    for sentence in (first["sentence"], "add a large red star in the centre", "make everything small"):   # each has other scores; not each has other answers
+        typed = after(widget, lambda: type_in(widget, sentence), "a sentence was typed", changes="said")
+        need(typed["pictures"][0] == slid["pictures"][0], "a sentence was typed, and the reference changed")
+        if typed["pictures"] != slid["pictures"]: break
+    need(typed["pictures"] != slid["pictures"], "sentences were typed, and the ranking is still the old one")
     shot("sentence typed")
     back = after(widget, lambda: type_in(widget, slid["sentence"]), "the old sentence was typed again")
     need(back["pictures"] == slid["pictures"], "the old sentence does not bring the old ranking back")

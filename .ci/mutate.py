@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +106,7 @@ def copied(folder):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)  # of a library about another
     import accelerate, matplotlib.pyplot, nbdev.test, open_clip, pandas, torch, torchvision  # noqa: once, for all children; cala is imported by each
     sys.path = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / ".ci")]
     lived, start = [], time.perf_counter()
