@@ -236,7 +236,7 @@ def panel_watcher(page):
 
 def picture_of_all(page, path):
     "The whole notebook in one picture, down to the longest that a browser can draw."
-    height = page.evaluate("document.querySelector('.jp-Notebook').scrollHeight")
+    height = page.evaluate("Math.max(...[...document.querySelectorAll('.jp-Notebook, .jp-WindowedPanel-outer')].map(part => part.scrollHeight))")
     page.set_viewport_size(dict(width=WIDE, height=min(height + 300, 16_000)))
     page.evaluate("for (const part of document.querySelectorAll('.jp-WindowedPanel-outer')) part.scrollTop = 0")
     sleep(0.5)

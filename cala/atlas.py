@@ -373,7 +373,7 @@ def _parts(self: AttentionAtlas):
     whole = ipywidgets.Layout(width="40em")
     self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
     self.words = ipywidgets.Text(description="sentence", continuous_update=False, layout=whole)
-    self.choice = ipywidgets.ToggleButtons(options=self.sheets)
+    self.choice = ipywidgets.ToggleButtons(options=self.sheets, style=dict(button_width="auto"))  # else long names are cut
     self.token = ipywidgets.IntSlider(max=len(self.reading.asked) - 1, description="query", continuous_update=False)
     self.page = ipywidgets.HTML()
 
