@@ -16,8 +16,7 @@ from .composition import load_renamed, released_shape
 # %% ../nbs/08_associations.ipynb #26e43829
 class HingeCrossAttention(nn.Module):
     "Hinge-based cross-attention (HCA): the reference looks at the target through the words of the caption."
-    def __init__(
-        self,
+    def __init__(self,
         dim: int,             # width d of the tokens
         dropout: float = 0.1, # on the attention over the target, in training
     ):
@@ -35,8 +34,7 @@ def words(self: HingeCrossAttention, text, text_mask=None):
 
 # %% ../nbs/08_associations.ipynb #8869f739
 @patch
-def forward(
-    self: HingeCrossAttention,
+def forward(self: HingeCrossAttention,
     reference: torch.Tensor,        # (B, L_r, d); only token 0 is read
     text: torch.Tensor,             # (B, L_c, d)
     target: torch.Tensor,           # (B, L_t, d); L_t may differ from L_r
@@ -68,8 +66,7 @@ def from_released(cls: HingeCrossAttention, state: dict, **options):
 # %% ../nbs/08_associations.ipynb #3d908774
 class TwinAttentionCompositor(nn.Module):
     "Twin-attention compositor (TAC): the caption that leads from one picture to the other, as a vector."
-    def __init__(
-        self,
+    def __init__(self,
         dim: int,                  # width d of the tokens
         class_token: bool = False, # put a learned token in front of both pictures, for backbones whose token 0 is no summary
     ):
@@ -101,8 +98,7 @@ def with_class(self: TwinAttentionCompositor, tokens):
 
 # %% ../nbs/08_associations.ipynb #669f4373
 @patch
-def forward(
-    self: TwinAttentionCompositor,
+def forward(self: TwinAttentionCompositor,
     reference: torch.Tensor, # (B, L_r, d), from the image encoder, which has not read the caption
     target: torch.Tensor,    # (B, L_t, d)
 ) -> torch.Tensor:           # (B, d)

@@ -312,8 +312,7 @@ class AttentionAtlas(Movable):
 
 # %% ../nbs/15_atlas.ipynb #6dd208e4
 @patch
-def ask(
-    self: AttentionAtlas,
+def ask(self: AttentionAtlas,
     sentence: str,  # read instead of the triplet's own
 ) -> Reading:
     "Read the current pictures with another sentence."
@@ -322,8 +321,7 @@ def ask(
     return self.reading
 
 @patch
-def pick(
-    self: AttentionAtlas,
+def pick(self: AttentionAtlas,
     i: int,  # which triplet
 ) -> Reading:
     "Take a triplet and read it with its own sentence."
@@ -343,8 +341,7 @@ def taken(self: AttentionAtlas) -> dict:
 
 # %% ../nbs/15_atlas.ipynb #4e874de3
 @patch
-def turn(
-    self: AttentionAtlas,
+def turn(self: AttentionAtlas,
     sheet: str = None,  # one of `sheets`; None keeps the current one
     row: int = None,    # which token of the reference the hinge is drawn for
 ):

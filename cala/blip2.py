@@ -83,8 +83,7 @@ def read_pieces(
 # %% ../nbs/05_blip2.ipynb #e97e4290
 class WordPieces:
     "bert-base-uncased as LAVIS uses it: captions -> ids (B, L), mask (B, L), padded to the longest."
-    def __init__(
-        self,
+    def __init__(self,
         vocabulary,        # dict word piece -> number, or a path of vocab.txt
         longest: int = 512 # tokens kept of a caption: BERT has no more places
     ):
@@ -97,8 +96,7 @@ class WordPieces:
 
 # %% ../nbs/05_blip2.ipynb #2726c7ed
 @patch
-def __call__(
-    self: WordPieces,
+def __call__(self: WordPieces,
     captions: list,  # B sentences
 ) -> tuple:          # ids (B, L) long, mask (B, L) long, 1 where a token is real
     "Read a batch of sentences, padded to its longest."
@@ -322,8 +320,7 @@ def _absolute(place):
 
 # %% ../nbs/05_blip2.ipynb #af1f1982
 @patch(cls_method=True)
-def build(
-    cls: Blip2,
+def build(cls: Blip2,
     model_name: str = "pretrain_vitL",# pretrain_vitL (CLIP ViT-L/14) or pretrain (EVA-CLIP ViT-g)
     weights: str = None,              # published file (or its folder, or URL) to read without LAVIS
     tokenizer: str = None,            # vocab.txt of bert-base-uncased, or its folder

@@ -141,8 +141,7 @@ class Clip(Backbone):
     "An open_clip model: its towers' features and tokens."
     class_token = True      # token 0 of `image` is the upper left corner of the picture
     fresh = ("reduction",)  # starts from nothing beside published weights, and learns as the associations do
-    def __init__(
-        self,
+    def __init__(self,
         model: nn.Module,     # made by `open_model`; taken apart in place
         tokenizer,            # captions -> ids (B, L)
         config: dict,         # options of `build` that make the same architecture
@@ -179,8 +178,7 @@ def words(self: Clip):
 
 # %% ../nbs/06_clip.ipynb #7ea08be3
 @patch
-def text(
-    self: Clip,
+def text(self: Clip,
     captions: list,  # B sentences
 ) -> Embedding:      # tokens (B, L, d)
     "A sentence: its end-of-text feature, and the tokens after `ln_final`."
@@ -193,8 +191,7 @@ def text(
 
 # %% ../nbs/06_clip.ipynb #2b63fa93
 @patch
-def parts(
-    self: Clip,
+def parts(self: Clip,
     mode: str,  # both, multi or text
 ) -> list:      # parameters
     "The parameters that `mode` trains."
@@ -215,8 +212,7 @@ class OpenClipTransform(ImageTransform):
 
 # %% ../nbs/06_clip.ipynb #145e74fe
 @patch
-def transform(
-    self: Clip,
+def transform(self: Clip,
     kind: str = "targetpad",  # targetpad, squarepad, plain, or clip
     ratio: float = 1.25,      # of targetpad
 ) -> ImageTransform:          # PIL -> (3, size, size)
@@ -382,8 +378,7 @@ def _random_weights(name, architecture, size):
 
 # %% ../nbs/06_clip.ipynb #e952d00d
 @patch(cls_method=True)
-def build(
-    cls: Clip,
+def build(cls: Clip,
     model_name: str = "RN50x4",  # an open_clip model, or model:tag
     pretrained: str = None,      # the tag, if not in the name; with `weights`, how they were made. None: openai
     weights: str = None,         # a weights file, read instead of fetching the tag's

@@ -37,8 +37,7 @@ def cosine_logits(
 # %% ../nbs/07_composition.ipynb #c77d1e57
 class Sum(nn.Module):
     "Query-target matching by a normalised sum; it learns nothing itself."
-    def __init__(
-        self,
+    def __init__(self,
         dim: int = None,       # width of the features; unused, every frame is made by the same call
         scale: float = 100.,   # cosines become logits by this factor; 100 in the released program
     ):
@@ -79,8 +78,7 @@ def peak_one(
 # %% ../nbs/07_composition.ipynb #4ca29b4e
 class Artemis(nn.Module):
     "Query-target matching of ARTEMIS (ICLR 2022): explicit matching plus implicit similarity."
-    def __init__(
-        self,
+    def __init__(self,
         dim: int,                          # width d of the features
         learned_temperature: bool = False, # multiply the scores by exp(temperature)? The released program does not
     ):
@@ -92,8 +90,7 @@ class Artemis(nn.Module):
 
 # %% ../nbs/07_composition.ipynb #b7cb6f45
 @patch
-def read(
-    self: Artemis,
+def read(self: Artemis,
     text: torch.Tensor, # (B_q, d)
 ) -> list:              # three (B_q, d): what to look for, where for EM, where for IS
     "What the caption asks for and where it looks, in float32 or better."
@@ -103,8 +100,7 @@ def read(
 
 # %% ../nbs/07_composition.ipynb #f0f9b02f
 @patch
-def scores(
-    self: Artemis,
+def scores(self: Artemis,
     reference: torch.Tensor, # (B_q, d)
     text: torch.Tensor,      # (B_q, d)
     targets: torch.Tensor,   # (B_t, d)
@@ -161,8 +157,7 @@ def from_released(cls: Artemis, state: dict, **options):
 # %% ../nbs/07_composition.ipynb #694a44d4
 class Combiner(nn.Module):
     "Query-target matching of CLIP4Cir: a learned mixture of both sides plus a learned residue."
-    def __init__(
-        self,
+    def __init__(self,
         dim: int,                   # width d of the features
         projection_dim: int = None, # width each side is projected to; 4 d if None (2560 for d = 640)
         hidden_dim: int = None,     # width of the hidden layers; 8 d if None (5120 for d = 640)

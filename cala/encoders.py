@@ -62,8 +62,7 @@ class Backbone(nn.Module):
 
 # %% ../nbs/04_encoders.ipynb #4150355b
 @patch
-def transform(
-    self: Backbone,
+def transform(self: Backbone,
     kind: str = "targetpad", # targetpad, squarepad, plain, or a kind that only this backbone knows
     ratio: float = 1.25,     # target pad: pad only pictures longer than this
 ):                           # PIL image -> (3, size, size)
@@ -75,8 +74,7 @@ MODES = "both", "multi", "text"
 
 # %% ../nbs/04_encoders.ipynb #6051244a
 @patch
-def fine_tune(
-    self: Backbone,
+def fine_tune(self: Backbone,
     mode: str,  # both, multi or text
 ) -> list:      # names of the parameters that train
     "Let exactly the parameters of `mode` train; the trunk never does."
@@ -152,8 +150,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 class WordTokenizer:
     "Whole words to ids: what the tiny backbone reads."
-    def __init__(
-        self,
+    def __init__(self,
         vocabulary: list,  # words; the special tokens are put in front if they are not there
         longest: int = 40, # tokens kept of a caption, [CLS] and [SEP] included
     ):
@@ -167,8 +164,7 @@ class WordTokenizer:
 
 # %% ../nbs/04_encoders.ipynb #182e00a0
 @patch
-def __call__(
-    self: WordTokenizer,
+def __call__(self: WordTokenizer,
     captions: list,  # B sentences
 ) -> tuple:          # ids (B, L) long, mask (B, L) long, 1 where a token is real
     "Read a batch of sentences, padded to its longest."
@@ -198,8 +194,7 @@ class Words(NamedTuple):
 # %% ../nbs/04_encoders.ipynb #13d5b01d
 class QFormerBackbone(Backbone):
     "A trunk, a tokenizer, and one Q-Former in three roles: E_c `textual`, E_m `multimodal`, E_t `visual`."
-    def __init__(
-        self,
+    def __init__(self,
         trunk: nn.Module,   # pictures -> tokens (B, N, w)
         qformer: QFormer,   # where all three roles start
         tokenizer,          # captions -> ids (B, L), mask (B, L)
@@ -218,8 +213,7 @@ class QFormerBackbone(Backbone):
 
 # %% ../nbs/04_encoders.ipynb #d0de6e2f
 @patch
-def text(
-    self: QFormerBackbone,
+def text(self: QFormerBackbone,
     captions: list,  # B sentences, or what `read` made of them
 ) -> Embedding:      # tokens (B, L_c, d)
     "E_c: the sentence alone."
@@ -233,8 +227,7 @@ def _of_queries(tokens):
     return Embedding(tokens, tokens[:, 0], torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
 @patch
-def image(
-    self: QFormerBackbone,
+def image(self: QFormerBackbone,
     tokens: torch.Tensor,  # (B, N, w) from the trunk
 ) -> Embedding:            # tokens (B, Q, d)
     "E_t: a picture alone."
@@ -242,8 +235,7 @@ def image(
 
 # %% ../nbs/04_encoders.ipynb #226f0bf6
 @patch
-def query(
-    self: QFormerBackbone,
+def query(self: QFormerBackbone,
     tokens: torch.Tensor,  # (B, N, w) of the reference
     captions: list,        # B sentences, or what `read` made of them
 ) -> Embedding:            # tokens (B, Q, d)
@@ -267,8 +259,7 @@ def _uses(role, name, last):
 ROLES = dict(both=["textual", "multimodal", "visual"], multi=["textual", "multimodal"], text=["textual"])
 
 @patch
-def parts(
-    self: QFormerBackbone,
+def parts(self: QFormerBackbone,
     mode: str,  # both, multi or text
 ) -> list:      # parameters
     "The parameters that the roles of `mode` use."
@@ -279,8 +270,7 @@ def parts(
 # %% ../nbs/04_encoders.ipynb #66e98479
 class TinyTrunk(nn.Module):
     "Three strided convolutions and a place embedding: (B, 3, 48, 48) -> (B, 36, width)."
-    def __init__(
-        self,
+    def __init__(self,
         size: int = 48,   # resolution; a token covers 8 x 8 pixels
         width: int = 128, # w
     ):
@@ -325,8 +315,7 @@ class Tiny(QFormerBackbone):
 
 # %% ../nbs/04_encoders.ipynb #d9dbffa7
 @patch(cls_method=True)
-def build(
-    cls: Tiny,
+def build(cls: Tiny,
     weights: str = None,         # a file written by `save_backbone`
     vocabulary: list = None,     # words, where there are no weights
     size: int = 48,              # resolution
@@ -367,8 +356,7 @@ def _one_role(backbone):
 # %% ../nbs/04_encoders.ipynb #e64b42a4
 class CaptionedPictures(torch.utils.data.Dataset):
     "Pictures of a gallery, each with one of its captions, another one each epoch."
-    def __init__(
-        self,
+    def __init__(self,
         gallery,        # cala.data.Gallery with a transform
         captions: dict, # name -> list of sentences
     ):

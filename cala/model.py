@@ -84,8 +84,7 @@ def implied(
 # %% ../nbs/10_model.ipynb #2e2e3f2e
 class CaLa(nn.Module):
     "Encoders, a frame for retrieval, and two associations for training."
-    def __init__(
-        self,
+    def __init__(self,
         backbone: Backbone,          # any backbone of `04_encoders`
         cir_frame: str = "sum",      # sum, artemis or combiner
         objective: str = "released", # released or paper
@@ -114,8 +113,7 @@ class CaLa(nn.Module):
 
 # %% ../nbs/10_model.ipynb #4cc75183
 @patch
-def tokens(
-    self: CaLa,
+def tokens(self: CaLa,
     x: torch.Tensor, # pictures (B, 3, H, W), or tokens (B, N, w) that the trunk gave before
 ) -> torch.Tensor:   # (B, N, w)
     "The trunk's tokens; tokens pass through. No gradient: the trunk is frozen."
@@ -127,8 +125,7 @@ def _side_by_side(one, other):
     with torch.autocast(one.device.type, enabled=False): return torch.cat([one, other])
 
 @patch
-def embed(
-    self: CaLa,
+def embed(self: CaLa,
     reference: torch.Tensor, # (B, 3, H, W) or (B, N, w); with `target` an Embedding: .tokens (B, N, w) and .image, its F'_r
     captions: list,          # B modification texts
     target: torch.Tensor,    # (B, 3, H, W) or (B, N, w), or F_t itself where it is constant and was kept
@@ -144,8 +141,7 @@ def embed(
 
 # %% ../nbs/10_model.ipynb #1646c519
 @patch
-def vectors(
-    self: CaLa,
+def vectors(self: CaLa,
     F_r, # Embedding of the references read with their captions
     F_c, # Embedding of the captions
     F_t, # Embedding of the targets
@@ -159,8 +155,7 @@ def vectors(
 
 # %% ../nbs/10_model.ipynb #0f0db79c
 @patch
-def encode(
-    self: CaLa,
+def encode(self: CaLa,
     reference: torch.Tensor, # (B, 3, H, W) or (B, N, w)
     captions: list,          # B modification texts, or what the backbone's `read` made of them
     target: torch.Tensor,    # (B, 3, H, W) or (B, N, w)
@@ -170,8 +165,7 @@ def encode(
 
 # %% ../nbs/10_model.ipynb #0d361e4d
 @patch
-def pairs(
-    self: CaLa,
+def pairs(self: CaLa,
     vectors: torch.Tensor,        # (k, B, d)
     gallery: torch.Tensor = None, # (G, d) target features of pictures outside the batch
 ) -> tuple:                       # z_qtm (B, B + G); z_ctr and z_tbia (B, B), or None
@@ -185,8 +179,7 @@ def pairs(
 
 # %% ../nbs/10_model.ipynb #60db8918
 @patch
-def logits(
-    self: CaLa,
+def logits(self: CaLa,
     F_r, # Embedding of the references read with their captions
     F_c, # Embedding of the captions
     F_t, # Embedding of the targets
@@ -207,8 +200,7 @@ def others(
 
 # %% ../nbs/10_model.ipynb #76b3ed6b
 @patch
-def losses(
-    self: CaLa,
+def losses(self: CaLa,
     vectors: torch.Tensor,        # (k, B, d)
     gallery: torch.Tensor = None, # (G, d) target features of the whole gallery, if they are to be negatives
     at: torch.Tensor = None,      # (B,) where in it the batch's targets are
@@ -236,8 +228,7 @@ class Everywhere(torch.autograd.Function):
 
 # %% ../nbs/10_model.ipynb #7bdb3ada
 @patch
-def losses_everywhere(
-    self: CaLa,
+def losses_everywhere(self: CaLa,
     vectors: torch.Tensor,        # (k, b, d) of this rank
     gallery: torch.Tensor = None, # (G, d) target features of the whole gallery, if they are to be negatives
     at: torch.Tensor = None,      # (b,) where in it this rank's targets are
@@ -249,8 +240,7 @@ def losses_everywhere(
 
 # %% ../nbs/10_model.ipynb #9b5ba810
 @patch
-def forward(
-    self: CaLa,
+def forward(self: CaLa,
     reference: torch.Tensor,      # (B, 3, H, W) or (B, N, w)
     captions: list,               # B modification texts, or what the backbone's `read` made of them
     target: torch.Tensor,         # (B, 3, H, W) or (B, N, w)
@@ -264,8 +254,7 @@ def forward(
 
 # %% ../nbs/10_model.ipynb #01ea114b
 @patch
-def train(
-    self: CaLa,
+def train(self: CaLa,
     mode: bool = True, # True: training mode, for parts that have something to train
 ) -> CaLa:
     "Training mode for what trains; frozen parts stay in evaluation mode."
@@ -276,16 +265,14 @@ def train(
 
 # %% ../nbs/10_model.ipynb #5a7126c2
 @patch
-def embed_gallery(
-    self: CaLa,
+def embed_gallery(self: CaLa,
     x: torch.Tensor, # (B, 3, H, W) or (B, N, w)
 ) -> torch.Tensor:   # (B, d)
     "Features of gallery pictures."
     return self.backbone.image(self.tokens(x)).feature
 
 @patch
-def embed_queries(
-    self: CaLa,
+def embed_queries(self: CaLa,
     x: torch.Tensor, # references, (B, 3, H, W) or (B, N, w)
     captions: list,  # B modification texts
 ) -> tuple:          # reference and text features, (B, d) each
@@ -294,8 +281,7 @@ def embed_queries(
 
 # %% ../nbs/10_model.ipynb #098116ac
 @patch
-def for_retrieval(
-    self: CaLa,
+def for_retrieval(self: CaLa,
 ) -> CaLa:
     "Drop the associations, which only training needs; the scores stay the same."
     self.hca = self.tac = None
@@ -319,8 +305,7 @@ def write_atomically(
 
 # %% ../nbs/10_model.ipynb #cc4a6f8b
 @patch
-def state_to_save(
-    self: CaLa,
+def state_to_save(self: CaLa,
 ) -> dict:  # name -> tensor
     "Weights of the model, less a trunk whose weights are published."
     skip = () if self.backbone.save_trunk else ("backbone.trunk.",)

@@ -131,8 +131,7 @@ def start_weights(
 # %% ../nbs/03_qformer.ipynb #15cd1746
 class QFormer(nn.Module):
     "A picture's tokens, a text, or both, read by learned queries; parameters named as in LAVIS's `Blip2Qformer`."
-    def __init__(
-        self,
+    def __init__(self,
         width: int = 768,        # d, of every token inside
         layers: int = 12,        # depth
         heads: int = 12,         # ways to look; divides width
@@ -163,8 +162,7 @@ def see(self: QFormer, tokens: Tensor) -> Tensor:
 
 # %% ../nbs/03_qformer.ipynb #8cd69fc9
 @patch
-def image(
-    self: QFormer,
+def image(self: QFormer,
     tokens: Tensor, # (B, N, w) of the trunk
 ) -> Tensor:        # (B, Q, d)
     "Read a picture alone: what the queries found."
@@ -177,8 +175,7 @@ def _allowed(mask, queries=0):
 
 # %% ../nbs/03_qformer.ipynb #5425fe81
 @patch
-def text(
-    self: QFormer,
+def text(self: QFormer,
     ids: Tensor,  # (B, L) token numbers
     mask: Tensor, # (B, L) 1 at real tokens, 0 at padding
 ) -> Tensor:      # (B, L, d)
@@ -187,8 +184,7 @@ def text(
 
 # %% ../nbs/03_qformer.ipynb #d5d4f342
 @patch
-def query(
-    self: QFormer,
+def query(self: QFormer,
     tokens: Tensor, # (B, N, w) of the trunk
     ids: Tensor,    # (B, L) token numbers
     mask: Tensor,   # (B, L) 1 at real tokens, 0 at padding

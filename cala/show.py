@@ -82,8 +82,7 @@ class Page(Figure):
 
 # %% ../nbs/14_show.ipynb #8ccd64f6
 @patch
-def saved(
-    self: Page,
+def saved(self: Page,
     path=None,  # ending in .png or .svg; None writes nothing
 ) -> "Page":    # itself
     "Write the figure if a path is given."
@@ -546,8 +545,7 @@ class TripletBrowser(Movable):
 
 # %% ../nbs/14_show.ipynb #599c7ea4
 @patch
-def find(
-    self: TripletBrowser,
+def find(self: TripletBrowser,
     kind: str = "all",  # a kind of edit, or all
     text: str = "",     # words that must all be in the sentence
 ) -> list:              # numbers of the triplets found
@@ -560,8 +558,7 @@ def find(
 
 # %% ../nbs/14_show.ipynb #b54e2795
 @patch
-def go(
-    self: TripletBrowser,
+def go(self: TripletBrowser,
     steps: int = 1,  # forward, or backward if negative
 ) -> int:            # number of the triplet; None if nothing was found
     "Step to another of the triplets found."
@@ -645,8 +642,7 @@ class QueryExplorer(Movable):
 
 # %% ../nbs/14_show.ipynb #6cdcd092
 @patch
-def candidates(
-    self: QueryExplorer,
+def candidates(self: QueryExplorer,
     reference: int,  # gallery position
 ) -> torch.Tensor:   # gallery positions
     "The pictures that are ranked for a reference."
@@ -687,8 +683,7 @@ def joint_scores(
 
 # %% ../nbs/14_show.ipynb #3dc72e5b
 @patch
-def held(
-    self: QueryExplorer,
+def held(self: QueryExplorer,
     name: str = None,  # of a model; None for all of them
 ) -> set:              # of TBIA, CTR
     "The associations that a model still holds."
@@ -716,8 +711,7 @@ def _rank(self: QueryExplorer, name, reference, sentence, target):
 
 # %% ../nbs/14_show.ipynb #ca419af1
 @patch
-def ask(
-    self: QueryExplorer,
+def ask(self: QueryExplorer,
     reference: int,      # gallery position
     sentence: str,       # the modification text
     target: int = None,  # gallery position, if it is known
@@ -730,8 +724,7 @@ def ask(
 
 # %% ../nbs/14_show.ipynb #025fef2a
 @patch
-def add(
-    self: QueryExplorer,
+def add(self: QueryExplorer,
     *associations: str,  # TBIA, CTR; none of them is retrieval as it is
 ) -> dict:               # {name of the model: Ranking}
     "Let these associations vote along with matching, and no other."
@@ -743,8 +736,7 @@ def add(
 
 # %% ../nbs/14_show.ipynb #9b198c04
 @patch
-def pick(
-    self: QueryExplorer,
+def pick(self: QueryExplorer,
     i: int,  # which triplet
 ) -> dict:   # {name of the model: Ranking}
     "Take a triplet's reference and sentence, and frame its target."
@@ -777,8 +769,7 @@ class PictureButton:
 
 # %% ../nbs/14_show.ipynb #f1261d68
 @patch
-def show(
-    self: PictureButton,
+def show(self: PictureButton,
     gallery,        # Gallery
     position: int,  # which picture
     text: str = "", # the line under it
@@ -912,8 +903,7 @@ def refresh(self: TrainingPanel):
 
 # %% ../nbs/14_show.ipynb #3ad52e18
 @patch
-def __call__(
-    self: TrainingPanel,
+def __call__(self: TrainingPanel,
     row: dict,  # of the log (loss, ...) or of a validation (recall_at1, ...)
 ):
     "Take in a row; draw or print if the last time is long ago, and at every validation."
@@ -923,8 +913,7 @@ def __call__(
 
 # %% ../nbs/14_show.ipynb #8f0b6a27
 @patch
-def see(
-    self: TrainingPanel,
+def see(self: TrainingPanel,
     model,  # CaLa, as it is now
 ):
     "Have the example queries answered; `train` calls this before it hands over the row of a validation."
@@ -937,8 +926,7 @@ def see(
 
 # %% ../nbs/14_show.ipynb #a86623a4
 @patch
-def read(
-    self: TrainingPanel,
+def read(self: TrainingPanel,
     folder,  # of a run: log.csv, and metrics.csv once there was a validation
 ) -> "TrainingPanel":
     "Take in the tables of a run's folder, as they are now."

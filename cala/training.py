@@ -344,8 +344,7 @@ def draw_triplets(
 # %% ../nbs/13_training.ipynb #00efdcfa
 class BatchSampler(Sampler):
     "This rank's share of every batch, in an order that depends on seed and epoch only."
-    def __init__(
-        self,
+    def __init__(self,
         count: int,           # triplets
         batch_size: int,      # over all ranks
         neighbours: int = 1,  # triplets that stay together
@@ -426,8 +425,7 @@ def compile_parts(
 # %% ../nbs/13_training.ipynb #f16067d9
 class Trainer:
     "Everything a run needs, made from its recipe."
-    def __init__(
-        self,
+    def __init__(self,
         recipe: Recipe, # how to train
         watch=None,     # called with every row of the log and of the metrics, for a live picture
     ):
@@ -519,8 +517,7 @@ def open(self: Trainer):
 
 # %% ../nbs/13_training.ipynb #39b90436
 @patch
-def prepare(
-    self: Trainer,
+def prepare(self: Trainer,
     model: CaLa,  # on its device
 ):
     "The model as the flags want it, the optimizer, and the schedule."
@@ -540,8 +537,7 @@ def core(self: Trainer) -> CaLa:
 
 # %% ../nbs/13_training.ipynb #0c904746
 @patch
-def spare_unused(
-    self: Trainer,
+def spare_unused(self: Trainer,
     model: CaLa,  # changed in place
 ):
     "Let no weight ask for a gradient that none reaches."
@@ -553,8 +549,7 @@ def spare_unused(
 
 # %% ../nbs/13_training.ipynb #6b5e8794
 @patch
-def cache(
-    self: Trainer,
+def cache(self: Trainer,
     model: CaLa,  # its trunk makes the tokens
 ):
     "Replace pictures by what is cached of them, if the recipe asks for it."
@@ -564,8 +559,7 @@ def cache(
 
 # %% ../nbs/13_training.ipynb #8e861936
 @patch
-def collect(
-    self: Trainer,
+def collect(self: Trainer,
     at: torch.Tensor,    # (n,) which rows this rank has
     rows: torch.Tensor,  # (n, d)
     count: int,          # rows of all ranks
@@ -579,8 +573,7 @@ def collect(
 
 # %% ../nbs/13_training.ipynb #d2512343
 @patch
-def fill_bank(
-    self: Trainer,
+def fill_bank(self: Trainer,
     model: CaLa,  # with its trainable parameters chosen
 ):
     "Target features (G, d) of the training gallery; `CalaError` if training changes them."
@@ -616,8 +609,7 @@ def once(
 
 # %% ../nbs/13_training.ipynb #564ee144
 @patch
-def look(
-    self: Trainer,
+def look(self: Trainer,
     batch,  # cala.data.Batch
 ) -> tuple: # tokens of the references and of the targets, (b, N, w) each
     "The trunk's tokens of a batch, each different picture through it once; what is cached passes."
@@ -630,8 +622,7 @@ def look(
 
 # %% ../nbs/13_training.ipynb #fca90922
 @patch
-def together(
-    self: Trainer,
+def together(self: Trainer,
     number: int,  # of this rank
 ) -> int:         # on every rank
     "The largest number that any rank has."
@@ -640,8 +631,7 @@ def together(
 
 # %% ../nbs/13_training.ipynb #c257d3f1
 @patch
-def inputs(
-    self: Trainer,
+def inputs(self: Trainer,
     batch,  # cala.data.Batch
 ) -> tuple: # of `CaLa.forward`
     "What the model reads of a batch."
@@ -665,8 +655,7 @@ def height(x) -> int:
 
 # %% ../nbs/13_training.ipynb #d0c498e7
 @patch
-def at_once(
-    self: Trainer,
+def at_once(self: Trainer,
     V_r: torch.Tensor,  # tokens of the references
     words,              # captions as the backbone reads them
     V_t: torch.Tensor,  # tokens of the targets
@@ -678,8 +667,7 @@ def at_once(
 
 # %% ../nbs/13_training.ipynb #7e9779e6
 @patch
-def pull(
-    self: Trainer,
+def pull(self: Trainer,
     pieces: list,           # references, captions and targets of each
     dice: list,             # generators before each
     vectors: torch.Tensor,  # (k, B, d) of all pieces
@@ -698,8 +686,7 @@ def pull(
 
 # %% ../nbs/13_training.ipynb #3cca107a
 @patch
-def in_pieces(
-    self: Trainer,
+def in_pieces(self: Trainer,
     V_r: torch.Tensor,  # tokens of the references
     words,              # captions as the backbone reads them
     V_t: torch.Tensor,  # tokens of the targets
@@ -717,8 +704,7 @@ def in_pieces(
 
 # %% ../nbs/13_training.ipynb #94bbb864
 @patch
-def state(
-    self: Trainer,
+def state(self: Trainer,
     dice: list,  # `rng_state` of every rank
 ) -> bytes:      # a torch file of tensors and plain values
     "Optimizer, schedule, scaler, place in the epoch, generators and logs."
@@ -736,8 +722,7 @@ def save(self: Trainer):
     self.accelerator.wait_for_everyone()
 
 @patch
-def write(
-    self: Trainer,
+def write(self: Trainer,
     dice: list,  # `rng_state` of every rank
 ):
     "`save`, on the rank that writes."
@@ -752,8 +737,7 @@ def write(
 
 # %% ../nbs/13_training.ipynb #7c434d98
 @patch
-def stop(
-    self: Trainer,
+def stop(self: Trainer,
     why: str,        # what happened
     cure: str = "",  # what to do about it
 ):
@@ -765,8 +749,7 @@ def stop(
 
 # %% ../nbs/13_training.ipynb #87ae1633
 @patch
-def usable(
-    self: Trainer,
+def usable(self: Trainer,
     what: str,            # loss or gradient
     value: torch.Tensor,  # scalar
     batch,                # where it comes from
@@ -792,8 +775,7 @@ def gradient_norm(self: Trainer) -> torch.Tensor:  # scalar
 
 # %% ../nbs/13_training.ipynb #072fe846
 @patch
-def scaled_step(
-    self: Trainer,
+def scaled_step(self: Trainer,
     batch,  # where the gradient comes from
 ):
     "fp16: an update, unless the scaler leaves it out; count that, or stop if the scale cannot be the reason."
@@ -806,8 +788,7 @@ def scaled_step(
 
 # %% ../nbs/13_training.ipynb #b3e4cc02
 @patch
-def step(
-    self: Trainer,
+def step(self: Trainer,
     batch,  # cala.data.Batch
 ) -> dict:  # row of the log
     "One update on one batch."
@@ -841,8 +822,7 @@ def heed(self: Trainer):
 
 # %% ../nbs/13_training.ipynb #a376b66a
 @patch
-def epoch(
-    self: Trainer,
+def epoch(self: Trainer,
     bar,  # a tqdm bar
 ):
     "One pass over the triplets, or what is left of it."
@@ -865,8 +845,7 @@ def epoch(
 # %% ../nbs/13_training.ipynb #376e6c2e
 class Share:
     "A rank's part of a data set, as `embed` reads it."
-    def __init__(
-        self,
+    def __init__(self,
         dataset,     # CIRR or FashionIQ
         rank: int,   # which part
         ranks: int,  # of how many
@@ -883,8 +862,7 @@ class Share:
 
 # %% ../nbs/13_training.ipynb #298cf82c
 @patch
-def embed_together(
-    self: Trainer,
+def embed_together(self: Trainer,
     dataset,  # CIRR or FashionIQ
     **how,    # of `embed`
 ) -> Embedded:
@@ -947,8 +925,7 @@ def resume(self: Trainer):
 
 # %% ../nbs/13_training.ipynb #e39f8eb6
 @patch
-def pass_once(
-    self: Trainer,
+def pass_once(self: Trainer,
     bar,  # a tqdm bar
 ):
     "An epoch, its validation if it is due, and what is kept of both."
@@ -1023,8 +1000,7 @@ def notes(
 
 # %% ../nbs/13_training.ipynb #e8da92a8
 @patch
-def go(
-    self: Trainer,
+def go(self: Trainer,
     progress: bool = True,  # show a bar
 ):
     "Every epoch that the recipe still asks for; trackers are told, and closed whatever happens."

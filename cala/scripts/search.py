@@ -82,8 +82,7 @@ def write(self: Index):
     write_atomically(self.place / "index.json", json.dumps(dict(said, version=1)).encode())
 
 @patch
-def add(
-    self: Index,
+def add(self: Index,
     rows: list,              # [name, size, time, digest] of each picture
     features: torch.Tensor,  # (n, d)
 ):
@@ -113,8 +112,7 @@ def open_index(
 
 # %% ../../nbs/28_search.ipynb #866f4f04
 @patch
-def features(
-    self: Index,
+def features(self: Index,
     part: str,        # file name
 ) -> torch.Tensor:    # (n, d), one row a picture, gone ones included
     "The features of a part."
