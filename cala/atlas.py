@@ -40,6 +40,7 @@ class Shares(NamedTuple):
     queries: torch.Tensor  # (B, Q, Q)
     words: torch.Tensor    # (B, Q, L), L = 0 without a text
 
+# %% ../nbs/15_atlas.ipynb #aab39f95
 def rollout(
     own: dict,    # layer -> (B, H, Q + L, Q + L) attention of queries and words among themselves
     cross: dict,  # layer -> (B, H, Q, N) attention of the queries to the patches
@@ -132,6 +133,7 @@ class Hinge(NamedTuple):
     pull: torch.Tensor   # (L_c, L_t) how far each word draws the look to each target token
     looks: torch.Tensor  # (L_t,) the attention, sums to 1
 
+# %% ../nbs/15_atlas.ipynb #cc872d86
 @torch.no_grad()
 def hinge_parts(
     hca,           # HingeCrossAttention
@@ -214,8 +216,7 @@ def _put(page, picture, x, y, side, label="", colour=GREY):
 def _thread(canvas, start, end, strength):
     "A curve between two points; blue towards, vermilion and dashed away; `strength` from -1 to 1."
     if abs(strength) < 0.04: return
-    (x, y), (u, v) = start, end
-    t = torch.linspace(0, 1, 40)
+    (x, y), (u, v), t = start, end, torch.linspace(0, 1, 40)
     bend = t * t * (3 - 2 * t)
     canvas.plot(x + (u - x) * t, y + (v - y) * bend, lw=4 * abs(strength), alpha=0.75, solid_capstyle="round",
                 color=BLUE if strength > 0 else VERMILION, ls="-" if strength > 0 else (0, (2, 1)))
@@ -320,6 +321,7 @@ def ask(self: AttentionAtlas,
     self._moved()
     return self.reading
 
+# %% ../nbs/15_atlas.ipynb #d3bb5bda
 @patch
 def pick(self: AttentionAtlas,
     i: int,  # which triplet
@@ -350,6 +352,7 @@ def turn(self: AttentionAtlas,
     self.sheet, self.row = sheet or self.sheet, self.row if row is None else row
     self._moved()
 
+# %% ../nbs/15_atlas.ipynb #77eeaefc
 @patch
 def figure(self: AttentionAtlas) -> Figure:
     "The current sheet."
@@ -366,14 +369,13 @@ def __repr__(self: AttentionAtlas): return f"AttentionAtlas: triplet {self.i} of
 @patch
 def _parts(self: AttentionAtlas):
     "The controls and the sheet."
-    if self.reading is None: self.pick(0)
-    whole = ipywidgets.Layout(width="40em")
     self.number = ipywidgets.IntSlider(max=len(self.dataset.triplets) - 1, description="triplet", continuous_update=False)
-    self.words = ipywidgets.Text(description="sentence", continuous_update=False, layout=whole)
+    self.words = ipywidgets.Text(description="sentence", continuous_update=False, layout=ipywidgets.Layout(width="40em"))
     self.choice = ipywidgets.ToggleButtons(options=self.sheets, style=dict(button_width="auto"))  # else long names are cut
     self.token = ipywidgets.IntSlider(max=len(self.reading.asked) - 1, description="query", continuous_update=False)
     self.page = ipywidgets.HTML()
 
+# %% ../nbs/15_atlas.ipynb #f3d496a8
 @patch
 def _draw(self: AttentionAtlas):
     "Bring controls and sheet up to date."
@@ -388,8 +390,10 @@ def _connect(self: AttentionAtlas):
     self._on(self.number, self.pick); self._on(self.words, self.ask)
     self._on(self.choice, self.turn); self._on(self.token, lambda row: self.turn(row=row))
 
+# %% ../nbs/15_atlas.ipynb #f30c1e4a
 @patch
 def _build(self: AttentionAtlas):
     "Controls over a sheet."
+    if self.reading is None: self.pick(0)
     self._parts(); self._draw(); self._connect()
     return ipywidgets.VBox([side_by_side(self.number, self.words), side_by_side(self.choice, self.token), self.page])

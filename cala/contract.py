@@ -55,6 +55,7 @@ def _embedding(said, name, B, d):
     assert said.mask.any(1).all(), f"{name}: a mask without a real token"
     assert all(part.isfinite().all() for part in said[:2]), f"{name} gives numbers that are not finite"
 
+# %% ../nbs/04a_contract.ipynb #75b47302
 def shapes(backbone):
     "tokens (B, L, d), feature (B, d), mask (B, L) of all three encoders; trunk tokens (B, N, w)"
     said = ask(backbone)
@@ -65,6 +66,7 @@ def shapes(backbone):
 # %% ../nbs/04a_contract.ipynb #88ad7a2c
 def _same(a, b): return torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
+# %% ../nbs/04a_contract.ipynb #ed74de93
 def alone(backbone):
     "a picture and a caption say the same alone and in a batch, padding or not"
     both, one = ask(backbone), ask(backbone, slice(0, 1))
@@ -120,6 +122,7 @@ def read(backbone):
 # %% ../nbs/04a_contract.ipynb #a1659d63
 CHECKS = [shapes, read, alone, steady, modes, gradients, kept]
 
+# %% ../nbs/04a_contract.ipynb #2aee9866
 def contract(
     backbone: Backbone,
 ) -> pd.DataFrame:  # check, promise, found: "kept", or what is wrong

@@ -226,6 +226,7 @@ def _of_queries(tokens):
     "Query outputs as an embedding: all of them are real, the first is the feature."
     return Embedding(tokens, tokens[:, 0], torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
+# %% ../nbs/04_encoders.ipynb #5770b457
 @patch
 def image(self: QFormerBackbone,
     tokens: torch.Tensor,  # (B, N, w) from the trunk
@@ -258,6 +259,7 @@ def _uses(role, name, last):
 # %% ../nbs/04_encoders.ipynb #412d1db5
 ROLES = dict(both=["textual", "multimodal", "visual"], multi=["textual", "multimodal"], text=["textual"])
 
+# %% ../nbs/04_encoders.ipynb #0e278f67
 @patch
 def parts(self: QFormerBackbone,
     mode: str,  # both, multi or text

@@ -50,6 +50,7 @@ def _hash_weights(said, named):
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../nbs/12_features.ipynb #b2dff1fb
 def fingerprint(
     trunk: nn.Module,  # pictures (B, 3, H, W) -> tokens (B, N, w)
 ) -> str:
@@ -94,6 +95,7 @@ def _digest(path):
     "A hash of a file's content."
     return blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
+# %% ../nbs/12_features.ipynb #eb55ed84
 def mark_of(
     path: Path,  # a picture file
 ) -> Mark:

@@ -124,6 +124,7 @@ def tokens(self: CaLa,
 def _side_by_side(one, other):
     with torch.autocast(one.device.type, enabled=False): return torch.cat([one, other])
 
+# %% ../nbs/10_model.ipynb #6795e47a
 @patch
 def embed(self: CaLa,
     reference: torch.Tensor, # (B, 3, H, W) or (B, N, w); with `target` an Embedding: .tokens (B, N, w) and .image, its F'_r
@@ -180,13 +181,10 @@ def pairs(self: CaLa,
 # %% ../nbs/10_model.ipynb #60db8918
 @patch
 def logits(self: CaLa,
-    F_r, # Embedding of the references read with their captions
-    F_c, # Embedding of the captions
-    F_t, # Embedding of the targets
-    F_r_alone = None, # Embedding of the references alone, for CTR
-) -> tuple:  # z_qtm, z_ctr, z_tbia, each (B, B) or None
+    *embedded, # F_r, F_c, F_t and, for CTR, F_r_alone, as `embed` gives them
+) -> tuple:    # z_qtm, z_ctr, z_tbia, each (B, B) or None
     "Logits of the three associations."
-    return self.pairs(self.vectors(F_r, F_c, F_t, F_r_alone))
+    return self.pairs(self.vectors(*embedded))
 
 # %% ../nbs/10_model.ipynb #5c28f921
 def others(
@@ -254,10 +252,8 @@ def forward(self: CaLa,
 
 # %% ../nbs/10_model.ipynb #01ea114b
 @patch
-def train(self: CaLa,
-    mode: bool = True, # True: training mode, for parts that have something to train
-) -> CaLa:
-    "Training mode for what trains; frozen parts stay in evaluation mode."
+def train(self: CaLa, mode: bool = True) -> CaLa:
+    "Training mode for what trains, or for nothing; frozen parts stay in evaluation mode."
     nn.Module.train(self, mode)
     for part in (*self.backbone.children(), *self.children()):
         if part is not self.backbone and not any(p.requires_grad for p in part.parameters()): part.eval()
@@ -271,6 +267,7 @@ def embed_gallery(self: CaLa,
     "Features of gallery pictures."
     return self.backbone.image(self.tokens(x)).feature
 
+# %% ../nbs/10_model.ipynb #cbe121fc
 @patch
 def embed_queries(self: CaLa,
     x: torch.Tensor, # references, (B, 3, H, W) or (B, N, w)
@@ -360,18 +357,25 @@ def save_checkpoint(
     _swap_in(Path(folder), {"model.safetensors": weights, "recipe.json": json.dumps(_sealed(said), indent=1).encode(), **extra})
 
 # %% ../nbs/10_model.ipynb #b79d7a7e
+def _recipe_at(path):
+    "What is wrong with a recipe.json, \"\" if nothing; and what it says."
+    try: said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error: return f"{path} is not JSON ({error})", {}
+    parts = isinstance(said, dict) and [said.get(key) for key in ("backbone", "model", "recipe", "metrics", "beside")]
+    if not parts or not all(isinstance(part, dict) for part in parts): return f"{path} is not a recipe of cala", {}
+    if said != _sealed({key: value for key, value in said.items() if key != "seal"}): return f"{path} is damaged, or was edited by hand", {}
+    return "", said
+
+# %% ../nbs/10_model.ipynb #d49307f6
 def _damage(folder, *also):
     "What is wrong with a checkpoint's files (`also` files beside the weights), \"\" if nothing; and what its recipe says."
-    hashes = lambda said: said["beside"] | {"model.safetensors": said.get("sha256")}
     for name in ("recipe.json", "model.safetensors", *also):
         if not (folder / name).is_file(): return f"{folder} is no checkpoint: {name} is missing", {}
-    try: said = json.loads((folder / "recipe.json").read_bytes())
-    except (ValueError, RecursionError) as error: return f"{folder / 'recipe.json'} is not JSON ({error})", {}
-    if not isinstance(said, dict) or not all(isinstance(said.get(key), dict) for key in ("backbone", "model", "recipe", "metrics", "beside")):
-        return f"{folder / 'recipe.json'} is not a recipe of cala", {}
-    if said != _sealed({key: value for key, value in said.items() if key != "seal"}): return f"{folder / 'recipe.json'} is damaged, or was edited by hand", {}
+    wrong, said = _recipe_at(folder / "recipe.json")
+    if wrong: return wrong, {}
+    right = said["beside"] | {"model.safetensors": said.get("sha256")}
     for name in ("model.safetensors", *also):
-        if _sha256((folder / name).read_bytes()) != hashes(said).get(name): return f"{folder / name} does not match its recipe.json (truncated, damaged, or of another run)", {}
+        if _sha256((folder / name).read_bytes()) != right.get(name): return f"{folder / name} does not match its recipe.json (truncated, damaged, or of another run)", {}
     return "", said
 
 # %% ../nbs/10_model.ipynb #4151c1c2
@@ -431,14 +435,18 @@ def read_released(
     return states.popitem()
 
 # %% ../nbs/10_model.ipynb #a147b557
-def _qformer(state):
-    "A QFormer of the size that `state` (a `Blip2Qformer`'s) has."
-    words, query = state["Qformer.bert.embeddings.word_embeddings.weight"], state["query_tokens"]
+def _sizes(state):
+    "The sizes of a `Blip2Qformer`, as `QFormer` wants them."
+    words, places = (state[f"Qformer.bert.embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
     layers = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("Qformer.bert.encoder.layer."))
     vision = state["Qformer.bert.encoder.layer.0.crossattention.self.key.weight"].shape[1]
-    width = words.shape[1]
-    qformer = QFormer(width, layers, max(1, width // 64), query.shape[1], vision, len(words),
-                      positions=len(state["Qformer.bert.embeddings.position_embeddings.weight"]))
+    return dict(width=words.shape[1], layers=layers, heads=max(1, words.shape[1] // 64), queries=state["query_tokens"].shape[1],
+                vision_width=vision, vocabulary=len(words), positions=len(places))
+
+# %% ../nbs/10_model.ipynb #5b4cce21
+def _qformer(state):
+    "A QFormer with the weights `state` of a `Blip2Qformer`."
+    qformer = QFormer(**_sizes(state))
     load_lavis_state(qformer, state)
     return qformer
 

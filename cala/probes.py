@@ -22,6 +22,7 @@ def spread(
     "How far the logits of a row lie apart, on average."
     return z.std(dim=1).mean().item()
 
+# %% ../nbs/16_probes.ipynb #177f873b
 def accuracy(
     z: torch.Tensor, # (B, B) logits, the right answers on the diagonal
 ) -> float:          # 0 to 1
@@ -63,6 +64,7 @@ def gradient_of(
     found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(weights, found)])
 
+# %% ../nbs/16_probes.ipynb #292148cd
 def towards_matching(
     model: CaLa,
     terms: dict,         # name -> scalar loss of one graph

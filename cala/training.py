@@ -7,9 +7,10 @@ __all__ = ['PLAIN', 'RECIPES', 'WEIGHTS', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'COMET_TAKES', 'MAY_DIFFER', 'LOST', 'DataRecipe', 'ModelRecipe', 'LoopRecipe', 'KeepRecipe',
            'said_objective', 'fill_in', 'Recipe', 'run_folder', 'parameter_groups', 'rate_at', 'make_schedule', 'Run',
            'takes', 'make_model', 'open_split', 'draw_triplets', 'BatchSampler', 'rng_state', 'set_rng_state',
-           'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compile_parts', 'Trainer', 'check_output',
-           'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'height', 'Share',
-           'same_recipe', 'heeding', 'lost_ranks', 'idle_epochs', 'notes', 'its_own', 'train']
+           'leave_interrupts', 'make_loader', 'checkpoint_layers', 'compiles', 'compile_parts', 'Trainer',
+           'check_output', 'among_ranks', 'installed', 'comet', 'tensorboard', 'trackers', 'once', 'cut', 'height',
+           'Share', 'same_recipe', 'way_on', 'heeding', 'lost_ranks', 'idle_epochs', 'notes_before', 'notes_after',
+           'its_own', 'train']
 
 # %% ../nbs/13_training.ipynb #81d38b72
 import io
@@ -168,6 +169,7 @@ PLAIN = dict(encoder="both", objective="released", tac_weight=.45, hca_weight=.1
 RECIPES = dict(released=dict(schedule="released"), paper=dict(objective="paper", encoder="multi"), cala=dict(objective="paper", features="raw", qtm_scale=55.))
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
 
+# %% ../nbs/13_training.ipynb #0c920c6b
 def said_objective(
     recipe,  # a recipe that is not filled in yet
 ) -> str:    # released, paper, or None
@@ -177,6 +179,7 @@ def said_objective(
     if len(given) == 2: raise CalaError("--tac-weight and --hca-weight belong to --objective released, --alpha and --beta to --objective paper; say which")
     return given[0]
 
+# %% ../nbs/13_training.ipynb #d51fdc95
 def fill_in(
     recipe,  # changed in place
 ):
@@ -231,6 +234,7 @@ def run_folder(
 # %% ../nbs/13_training.ipynb #5fd87746
 FACTORS = dict(backbone=1, fresh=2, hca=2, tac=2, frame=10)
 
+# %% ../nbs/13_training.ipynb #8fb888ed
 def parameter_groups(
     model: CaLa,           # with its trainable parameters chosen
     learning_rate: float,  # of the backbone
@@ -265,8 +269,7 @@ def make_schedule(
     steps: int,                        # steps an epoch
 ) -> torch.optim.lr_scheduler.LambdaLR:
     "The recipe's schedule over `optimizer`'s groups; call `.step()` after every step."
-    floor = recipe.min_lr / recipe.learning_rate
-    rates = [lambda step, group=g: rate_at(step / steps, group, recipe, floor) for g in range(len(optimizer.param_groups))]
+    rates = [lambda step, group=g: rate_at(step / steps, group, recipe, recipe.min_lr / recipe.learning_rate) for g in range(len(optimizer.param_groups))]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 # %% ../nbs/13_training.ipynb #1125898d
@@ -297,6 +300,7 @@ def takes(
 FRAME_FLAGS = dict(qtm_scale="scale", learned_temperature="learned_temperature",  # flag: what the frame calls it;
                    projection_dim="projection_dim", hidden_dim="hidden_dim")      # one that does not know it refuses
 
+# %% ../nbs/13_training.ipynb #0c4d6a06
 def make_model(
     recipe: Recipe,        # what to build
     captions: list = (),   # where a backbone without a vocabulary finds its words
@@ -371,6 +375,7 @@ def rng_state() -> dict:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return dict(python=[version, list(numbers), gauss], numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda)
 
+# %% ../nbs/13_training.ipynb #23c238d7
 def set_rng_state(
     state: dict,  # of `rng_state`
 ):
@@ -403,23 +408,29 @@ def checkpoint_layers(
     model: CaLa,  # changed in place, with its trainable parameters chosen
 ) -> int:         # how many layers
     "Keep only what goes into each layer of a stack that trains; the backward pass computes the rest again."
-    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and any(p.requires_grad for p in part.parameters())]
-    layers = [layer for stack in stacks for layer in stack]
+    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) and any(p.requires_grad for p in part.parameters()) for layer in part]
     if not layers: raise CalaError("--gradient-checkpointing: no stack of layers trains in this backbone; leave the flag out")
     for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return len(layers)
 
 # %% ../nbs/13_training.ipynb #ad920120
+def compiles(
+    compile,               # torch.compile, or a stand-in
+    device: torch.device,  # for which
+):
+    "`CalaError` where there is no compiler."
+    try: compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # each backend has its own
+        raise CalaError(f"--compile: torch.compile cannot work here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); install a C++ compiler (g++), or leave the flag out") from error
+
+# %% ../nbs/13_training.ipynb #ba72c92c
 def compile_parts(
-    model: CaLa,           # changed in place
-    compile=None,          # torch.compile, or a stand-in
+    model: CaLa,   # changed in place
+    compile=None,  # torch.compile, or a stand-in
 ):
     "Let trunk and encoders run as compiled programs; `CalaError` where there is no compiler."
     compile = compile or partial(torch.compile, options=dict(fallback_random=True))
-    try: compile(torch.sin)(torch.zeros(2, device=next(model.parameters()).device))
-    except Exception as error:  # each backend has its own
-        why = " ".join(str(error).split())[:200]
-        raise CalaError(f"--compile: torch.compile cannot work here ({type(error).__name__}: {why}); install a C++ compiler (g++), or leave the flag out") from error
+    compiles(compile, next(model.parameters()).device)
     model.encode, model.backbone.trunk.forward = compile(model.encode), compile(model.backbone.trunk.forward)
 
 # %% ../nbs/13_training.ipynb #f16067d9
@@ -467,6 +478,7 @@ def installed(
 COMET_TAKES = ("parse_args", "log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "auto_output_logging",
                "auto_param_logging", "auto_metric_logging", "auto_log_co2")  # by itself, unless told not to
 
+# %% ../nbs/13_training.ipynb #c65f613a
 def comet(
     recipe: Recipe,  # api_key, workspace, experiment_name, comet_offline
     output: Path,    # the run's folder, whose name serves if there is no experiment_name
@@ -530,6 +542,7 @@ def prepare(self: Trainer,
     self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
     self.schedule = make_schedule(optimizer, recipe, len(self.loader))
 
+# %% ../nbs/13_training.ipynb #59421cbb
 @patch(as_prop=True)
 def core(self: Trainer) -> CaLa:
     "The model itself, whatever is wrapped around it."
@@ -537,10 +550,8 @@ def core(self: Trainer) -> CaLa:
 
 # %% ../nbs/13_training.ipynb #0c904746
 @patch
-def spare_unused(self: Trainer,
-    model: CaLa,  # changed in place
-):
-    "Let no weight ask for a gradient that none reaches."
+def spare_unused(self: Trainer, model: CaLa):
+    "Let no weight of the model ask for a gradient that none reaches."
     batch, device = collate([self.data[i] for i in range(2)]), self.accelerator.device
     loss = model.losses(model.encode(batch.reference.to(device), batch.captions, batch.target.to(device))).total
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -609,10 +620,8 @@ def once(
 
 # %% ../nbs/13_training.ipynb #564ee144
 @patch
-def look(self: Trainer,
-    batch,  # cala.data.Batch
-) -> tuple: # tokens of the references and of the targets, (b, N, w) each
-    "The trunk's tokens of a batch, each different picture through it once; what is cached passes."
+def look(self: Trainer, batch) -> tuple:
+    "The trunk's tokens of references and targets, (b, N, w) each; each different picture through it once, what is cached passes."
     device = self.accelerator.device
     if isinstance(batch.target, Embedding) or batch.reference.ndim == 3: return batch.reference.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
     first, back = once(torch.cat([self.data.references[batch.index], self.data.targets[batch.index]]))
@@ -631,10 +640,8 @@ def together(self: Trainer,
 
 # %% ../nbs/13_training.ipynb #c257d3f1
 @patch
-def inputs(self: Trainer,
-    batch,  # cala.data.Batch
-) -> tuple: # of `CaLa.forward`
-    "What the model reads of a batch."
+def inputs(self: Trainer, batch) -> tuple:
+    "What `CaLa.forward` reads of a `cala.data.Batch`."
     (V_r, V_t), words = self.look(batch), self.core.backbone.read(batch.captions)
     if isinstance(words, Words): words = words.padded(self.together(words.ids.shape[1]))
     at = None if self.bank is None else self.data.targets[batch.index].to(self.accelerator.device)
@@ -649,6 +656,7 @@ def cut(
     if isinstance(x, tuple): return type(x)(*(cut(part, rows) for part in x))
     return x[int(rows[0]):int(rows[-1]) + 1]
 
+# %% ../nbs/13_training.ipynb #062d6eb5
 def height(x) -> int:
     "How many rows `x` has."
     return height(x[0]) if isinstance(x, tuple) else len(x)
@@ -704,10 +712,8 @@ def in_pieces(self: Trainer,
 
 # %% ../nbs/13_training.ipynb #94bbb864
 @patch
-def state(self: Trainer,
-    dice: list,  # `rng_state` of every rank
-) -> bytes:      # a torch file of tensors and plain values
-    "Optimizer, schedule, scaler, place in the epoch, generators and logs."
+def state(self: Trainer, dice: list) -> bytes:
+    "A torch file of plain values: optimizer, schedule, scaler, place in the epoch, logs, and `dice`, the `rng_state` of every rank."
     file, run, scaler = io.BytesIO(), self.run, self.accelerator.scaler
     torch.save(dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler.state_dict() if scaler else {},
                     position=self.position, dice=dice, epochs_done=run.epochs_done, log=run.log, metrics=run.metrics, skipped=run.skipped, scaled=run.scaled), file)
@@ -721,6 +727,7 @@ def save(self: Trainer):
     if self.accelerator.is_main_process: self.write(dice)
     self.accelerator.wait_for_everyone()
 
+# %% ../nbs/13_training.ipynb #10c4f0fb
 @patch
 def write(self: Trainer,
     dice: list,  # `rng_state` of every rank
@@ -875,17 +882,21 @@ def embed_together(self: Trainer,
 
 # %% ../nbs/13_training.ipynb #daf440ef
 @patch
-def validate(self: Trainer) -> dict:  # a row of metrics.csv
-    "Metrics of the validation split; `score` is what the best checkpoint is chosen by."
-    model, how = self.core, dict(batch_size=max(64, self.recipe.batch_size), workers=self.recipe.num_workers, progress=False)
-    data = self.validation[0] if len(self.validation) == 1 else self.validation
-    if self.accelerator.num_processes == 1: found = evaluate(model, data, **how)
-    else: found = measure(model.frame, [self.embed_together(one, **how) for one in self.validation], self.validation)
+def judge(self: Trainer) -> dict:
+    "Metrics of the validation split, by all ranks."
+    how = dict(batch_size=max(64, self.recipe.batch_size), workers=self.recipe.num_workers, progress=False)
+    if self.accelerator.num_processes > 1: return measure(self.core.frame, [self.embed_together(one, **how) for one in self.validation], self.validation)
+    return evaluate(self.core, self.validation[0] if len(self.validation) == 1 else self.validation, **how)
+
+# %% ../nbs/13_training.ipynb #1af1ec87
+@patch
+def validate(self: Trainer) -> dict:
+    "A row of metrics.csv."
+    found = self.judge()
     row = dict(epoch=self.run.epochs_done, score=found["mean"], **found, missing_train=self.data.left_out["pictures"])
-    if hasattr(self.watch, "see") and self.accelerator.is_main_process: self.watch.see(model)
+    if hasattr(self.watch, "see") and self.accelerator.is_main_process: self.watch.see(self.core)
     self.run.metrics.append(row); self.watch(row)
-    numbers = {f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
-    self.accelerator.log(numbers, step=len(self.run.log))
+    self.accelerator.log({f"val/{key}": value for key, value in row.items() if isinstance(value, (int, float))}, step=len(self.run.log))
     return row
 
 # %% ../nbs/13_training.ipynb #274bc406
@@ -893,14 +904,20 @@ MAY_DIFFER = {"recipe", "resume", "output", "data_root", "cache", "cache_dir", "
               "experiment_name", "comet_offline", "tensorboard", "backbone_weights", "tokenizer", "validation_frequency", "skip_nonfinite",
               "accumulate", "gradient_checkpointing", "compile", "rank_timeout", "save_steps"}
 
+# %% ../nbs/13_training.ipynb #56d4f0d9
+def _differing(saved, now):
+    "A phrase for every flag whose value matters and is another."
+    keys = [key for key in now if key not in MAY_DIFFER and saved[key] != now[key]]
+    return [f"--{key.replace('_', '-')} {saved[key]} there, {now[key]} here" for key in keys]
+
+# %% ../nbs/13_training.ipynb #1d51f2c5
 def same_recipe(
     saved: dict,     # recipe of a checkpoint
     recipe: Recipe,  # what is asked for now
     folder: str,     # for the message
 ):
     "CalaError naming every flag that differs from the checkpoint's."
-    now, saved = asdict(recipe), {**asdict(Recipe()), **saved}
-    differ = [f"--{key.replace('_', '-')} {saved[key]} there, {now[key]} here" for key in now if key not in MAY_DIFFER and saved[key] != now[key]]
+    differ = _differing({**asdict(Recipe()), **saved}, asdict(recipe))
     if differ: raise CalaError(f"{folder} is of another recipe: {'; '.join(differ)}. Give the same flags, or a new --output")
 
 # %% ../nbs/13_training.ipynb #aaf1a1f7
@@ -923,6 +940,14 @@ def resume(self: Trainer):
     self.position, self.dice = state["position"], state["dice"][rank] if len(state["dice"]) == ranks else None
     if self.position and self.dice is None: self.accelerator.print(f"note: {folder} was kept by {len(state['dice'])} ranks; dropout is drawn anew for the rest of this epoch")
 
+# %% ../nbs/13_training.ipynb #3e21e24c
+def way_on(
+    output: Path,  # of a run that has stopped
+) -> str:          # half a sentence
+    "How to go on from what was kept."
+    whole = checkpoint_folder(output / "last").is_dir()
+    return f"go on from what was kept before with --resume {output}" if whole else "nothing was kept yet"
+
 # %% ../nbs/13_training.ipynb #e39f8eb6
 @patch
 def pass_once(self: Trainer,
@@ -935,9 +960,7 @@ def pass_once(self: Trainer,
         if due == self.recipe.num_epochs or due % self.recipe.validation_frequency == 0: self.validate_or_stop()
         self.save()
     except KeyboardInterrupt as stop:
-        whole = checkpoint_folder(self.output / "last").is_dir()
-        how = f"go on from what was kept before with --resume {self.output}" if whole else "nothing was kept yet"
-        raise CalaError(f"stopped at once by Ctrl-C in epoch {due}: {how}") from stop
+        raise CalaError(f"stopped at once by Ctrl-C in epoch {due}: {way_on(self.output)}") from stop
 
 @patch
 def validate_or_stop(self: Trainer):
@@ -968,6 +991,7 @@ def heeding(
 # %% ../nbs/13_training.ipynb #40d1e193
 LOST = "gloo", "NCCL", "onnection", "ocket", "imed out", "imeout"  # in the words of the libraries that ranks talk through
 
+# %% ../nbs/13_training.ipynb #49603af4
 @contextmanager
 def lost_ranks(
     output: Path,  # the run's folder
@@ -976,8 +1000,7 @@ def lost_ranks(
     try: yield
     except RuntimeError as error:
         if PartialState().num_processes == 1 or not any(word in str(error) for word in LOST): raise
-        how = f"go on with --resume {output}" if checkpoint_folder(output / "last").is_dir() else "nothing was kept yet"
-        raise CalaError(f"another rank has ended or fell silent ({' '.join(str(error).split())[:160]}); its own last words say why; {how}") from error
+        raise CalaError(f"another rank has ended or fell silent ({' '.join(str(error).split())[:160]}); its own last words say why; {way_on(output)}") from error
 
 # %% ../nbs/13_training.ipynb #60399cfa
 def idle_epochs(
@@ -988,13 +1011,18 @@ def idle_epochs(
     return max(0, math.floor(recipe.num_epochs - recipe.max_epoch))
 
 # %% ../nbs/13_training.ipynb #63f230ea
-def notes(
-    run: Run,     # before its first step or after its last
-    begin: bool,  # which of the two
-) -> list:        # of sentences
-    "What a person should know about a run."
-    recipe, idle = run.recipe, idle_epochs(run.recipe)
-    if begin: return [f"note: --max-epoch {recipe.max_epoch} and --min-lr 0: the last {idle} of {recipe.num_epochs} epochs train nothing"] if idle else []
+def notes_before(
+    recipe: Recipe,  # of a run
+) -> list:           # of sentences
+    "What a person should know before the first step."
+    idle = idle_epochs(recipe)
+    return [f"note: --max-epoch {recipe.max_epoch} and --min-lr 0: the last {idle} of {recipe.num_epochs} epochs train nothing"] if idle else []
+
+# %% ../nbs/13_training.ipynb #dd0dcf92
+def notes_after(
+    run: Run,  # after its last step
+) -> list:     # of sentences
+    "What a person should know about a run that has ended."
     left = [f"note: {run.skipped} of {len(run.log)} steps were left out because their loss or gradient was not finite"] if run.skipped else []
     return left + ([f"note: {run.scaled} steps were left out by the fp16 scaler while it looked for its scale"] if run.scaled else [])
 
@@ -1006,14 +1034,14 @@ def go(self: Trainer,
     "Every epoch that the recipe still asks for; trackers are told, and closed whatever happens."
     run, recipe, accelerator = self.run, self.recipe, self.accelerator
     todo, steps = range(run.epochs_done, recipe.num_epochs), len(self.loader)
-    for line in notes(run, begin=True): accelerator.print(line)
+    for line in notes_before(recipe): accelerator.print(line)
     self.tell()
     try:
         with tqdm(total=len(todo) * steps - self.position, desc=recipe.experiment_name or "training", disable=None if progress and accelerator.is_main_process else True) as bar:
             for _ in todo: self.pass_once(bar)
     finally:
         for tracker in accelerator.trackers: tracker.finish()  # a failed run's archive is whole too
-    for line in notes(run, begin=False): accelerator.print(line)
+    for line in notes_after(run): accelerator.print(line)
 
 # %% ../nbs/13_training.ipynb #3481d9ba
 def its_own(
