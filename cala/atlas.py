@@ -362,6 +362,7 @@ def figure(self: AttentionAtlas) -> Figure:
     ours = self.sheet == "looks of the reference"
     return draw_looks(self.reading.reference if ours else self.reading.target, self.reading.asked if ours else self.reading.answered)
 
+# %% ../nbs/15_atlas.ipynb #9f238a89
 @patch
 def __repr__(self: AttentionAtlas): return f"AttentionAtlas: triplet {self.i} of {len(self.dataset.triplets)}, {self.sheet}"
 
