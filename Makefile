@@ -24,7 +24,7 @@ $(VENV)/installed: settings.ini setup.py pyproject.toml
 demo: install    ## draw a world, train from nothing, print the table, write the report
 	$(BIN)/cala-demo $(ARGS)
 
-test: install sync notebooks pytest mutants   ## everything CI runs
+test: install sync notebooks pytest mutants   ## everything CI runs but the browser
 
 sync: install    ## notebooks, package and README say the same; lock files keep to the ranges
 	$(BIN)/python .ci/sync.py

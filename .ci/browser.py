@@ -139,7 +139,7 @@ def after(widget, act, what, changes="pictures"):
     "What the widget shows after a move; its pictures, or its words, have to be others."
     before = until(widget, bool, "the kernel does not come to rest")
     act()
-    return until(widget, lambda now: now[changes] != before[changes], f"{what}, and the {changes} stay as they were".replace("said", "numbers"))
+    return until(widget, lambda now: now[changes] != before[changes], f"{what}, and the {'words' if changes == 'said' else changes} stay as they were")
 
 
 def need(true, what):

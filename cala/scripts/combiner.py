@@ -233,7 +233,9 @@ def main(
     "Train the Combiner on the frozen features of a model."
     recipe = checked(recipe)
     train, val = open_both(recipe)
-    folder, model = output_folder(recipe.output or f"runs/{val.name}-combiner", ()), with_combiner(recipe)
-    train.gallery.transform = val.gallery.transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
-    with alone(folder): best = best_of(fit(model, train, val, recipe, folder)[1])
+    folder = output_folder(recipe.output or f"runs/{val.name}-combiner", ())
+    with alone(folder):
+        model = with_combiner(recipe)
+        train.gallery.transform = val.gallery.transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
+        best = best_of(fit(model, train, val, recipe, folder)[1])
     print(f"best of {recipe.num_epochs} epochs is {best['epoch']}, mean {best['score']:.2f}; judge it by cala-validate --checkpoint {folder / 'best'}")
