@@ -27,8 +27,7 @@ from fastcore.docments import docments
 from fastcore.script import Param, anno_parser
 
 # %% ../nbs/00a_commands.ipynb #7ab7ca6f
-class CalaError(Exception):
-    "What is wrong, where, and what to do: one line for the person at the keyboard."
+from .errors import CalaError
 
 # %% ../nbs/00a_commands.ipynb #446624a0
 def _dashed(parser):
@@ -89,7 +88,7 @@ def last_line(
     error: Exception,  # raised here, or in a loader worker and raised again by torch
 ) -> str:
     "The one line of an error."
-    return str(error).strip().rpartition("\ncala.commands.CalaError: ")[2].replace("\n", "\\n")
+    return str(error).strip().rpartition("\ncala.errors.CalaError: ")[2].replace("\n", "\\n")
 
 # %% ../nbs/00a_commands.ipynb #4ed402df
 CURES = {errno.EACCES: "let this user read and write there, or name another place", errno.ENOSPC: "make room and start again", errno.EMFILE: "let a process open more files (ulimit -n 4096)",
