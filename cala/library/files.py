@@ -1,14 +1,16 @@
 """Hashes, atomic writes, output folders and locks: every module that touches the disk uses these functions.
 
-`hash_*` is SHA-256, for files that people exchange: checkpoints and stage-1 backbones carry such hashes. `fingerprint_*` is BLAKE2b,
-which is faster and shorter, for caches and indexes on this machine. Files on disk carry both, so the digests must not change.
+`hash_*` is SHA-256, for files that people exchange: checkpoints and stage-1 backbones carry such hashes. `fingerprint_*`
+is BLAKE2b, which is faster and shorter, for caches and indexes on this machine. Files on disk carry both, so the digests
+must not change.
 
-`lock_folder` keeps its lock file, `.cala.lock`, inside the folder. There it is on the same file system as the results, so that machines
-and containers that share the folder share the lock. A file beside the folder could lie outside a mounted volume, and a file below
-/tmp would be unknown to other machines. The lock file is removed on release; after a killed process it stays behind, unlocked, and
-`check_output_folder` ignores it. The lock is filelock's, from version 4 on: older versions let forked loader workers keep the
-lock of a killed process.
+`lock_folder` keeps its lock file, `.cala.lock`, inside the folder. There it is on the same file system as the results, so
+that machines and containers that share the folder share the lock. A file beside the folder could lie outside a mounted
+volume, and a file below /tmp would be unknown to other machines. The lock file is removed on release; after a killed
+process it stays behind, unlocked, and `check_output_folder` ignores it. The lock is filelock's, from version 4 on: with
+older versions, forked loader workers keep the lock of a killed process.
 """
+
 import os
 import shutil
 from collections.abc import Iterable
@@ -49,7 +51,7 @@ def hash_file(
 
 
 def hash_tensors(
-    tensors: dict,   # name -> tensor of any shape, as a `state_dict` has it
+    tensors: dict,  # name -> tensor of any shape, as a `state_dict` has it
     text: str = "",  # hashed before the tensors, for example a config
 ) -> str:
     "SHA-256 of a text and of named tensors, in the order of their names."
@@ -61,7 +63,7 @@ def hash_tensors(
 
 
 def fingerprint_bytes(
-    data: bytes,     # any content
+    data: bytes,  # any content
     size: int = 16,  # bytes of the digest; each is two hexadecimal digits
 ) -> str:
     "BLAKE2b of bytes, as hexadecimal digits."
@@ -76,7 +78,7 @@ def fingerprint_file(
 
 
 def fingerprint_tensors(
-    tensors: dict,   # name -> tensor of any shape
+    tensors: dict,  # name -> tensor of any shape
     text: str = "",  # hashed before the tensors, for example the `repr` of their module
 ) -> str:
     "BLAKE2b of a text and of named tensors with their types and shapes, in the order of their names."
@@ -91,6 +93,7 @@ def fingerprint_tensors(
 def _read_bytes(tensor):
     "The values of a tensor as an array of bytes, whatever its type and device."
     import torch  # here, because commands import this module before they need torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -99,8 +102,9 @@ def _read_bytes(tensor):
 
 class FileMark(NamedTuple):
     "What a file was when it was read."
-    size: int    # bytes
-    time: int    # of the last change, in nanoseconds
+
+    size: int  # bytes
+    time: int  # of the last change, in nanoseconds
     digest: str  # `fingerprint_file`
 
 
@@ -116,8 +120,8 @@ def mark_file(
 
 
 def is_unchanged(
-    path: str | Path,        # a file that may have changed, or may be gone
-    mark: FileMark,          # what it was before
+    path: str | Path,  # a file that may have changed, or may be gone
+    mark: FileMark,  # what it was before
     thorough: bool = False,  # compare the content even where size and time are equal
 ) -> bool:
     "True if the file is still what `mark` says; its content is read only where size and time do not decide."
@@ -136,9 +140,9 @@ def is_unchanged(
 
 
 def write_atomically(
-    path: str | Path,         # where the file will be; its folder exists
-    data: bytes,              # the whole content
-    concurrent: bool = False, # other processes may write the same file at the same moment
+    path: str | Path,  # where the file will be; its folder exists
+    data: bytes,  # the whole content
+    concurrent: bool = False,  # other processes may write the same file at the same moment
     advice: str = "the file that was there before is unchanged",  # end of the error message
 ):
     "Write a file beside `path`, then rename it: at every moment `path` is the old file or the new one, never a part."
@@ -154,7 +158,7 @@ def write_atomically(
 
 def replace_folder(
     folder: str | Path,  # made if need be; its parents too
-    files: dict,         # name -> bytes, everything that it will hold
+    files: dict,  # name -> bytes, everything that it will hold
 ):
     "Replace a folder as a whole: at every moment `folder`, or `folder.old` beside it, is complete."
     folder = Path(folder)
@@ -169,9 +173,11 @@ def replace_folder(
             folder.rename(old)
         part.rename(folder)
     except OSError as error:
+        is_saved = folder.exists() or old.exists()
+        before = "what was saved there before is whole" if is_saved else "nothing was saved there before"
+        raise CalaError(f"cannot save {folder}: {error.strerror}; {before}; make room and go on") from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)  # on a full disk the part would take room that others need
-        saved = "what was saved there before is whole" if folder.exists() or old.exists() else "nothing was saved there before"
-        raise CalaError(f"cannot save {folder}: {error.strerror}; {saved}; make room and go on") from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -206,10 +212,10 @@ def _remove(path):
 
 
 def check_output_folder(
-    folder: str | Path,           # where a command will write; it need not exist
-    may_hold: Iterable[str] = (), # names, or patterns of names, of files that may be there already
+    folder: str | Path,  # where a command will write; it need not exist
+    may_hold: Iterable[str] = (),  # names, or patterns of names, of files that may be there already
     advice: str = "choose another --output",  # end of the error message
-) -> Path:                        # the folder
+) -> Path:  # the folder
     "`CalaError` if the folder holds anything that the command did not write itself. Nothing is made."
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -224,7 +230,7 @@ def check_output_folder(
 def make_output_folder(
     folder: str | Path,  # made if need be; its parents too
     advice: str = "choose another --output",  # end of the error message
-) -> Path:               # the folder
+) -> Path:  # the folder
     "Make a folder; `CalaError` if that is not possible."
     folder = Path(folder)
     try:
@@ -239,16 +245,18 @@ def make_output_folder(
 @contextmanager
 def lock_folder(
     folder: str | Path,  # made if need be, and removed again if nothing is written into it
-) -> Iterator[Path]:     # the folder
+) -> Iterator[Path]:  # the folder
     """Let one process at a time work in a folder; `CalaError` for the second one.
 
     The lock of a killed process is free at once. A file system without locks promises nothing, and the work goes on."""
     from filelock import FileLock  # here: its import takes longer than that of the rest of this module
     from filelock import Timeout
+
     is_new = not Path(folder).exists()
     folder = make_output_folder(folder, "name another folder")
     path = folder / LOCK_NAME
-    lock = FileLock(path, timeout=LOCK_PATIENCE, mode=0o666, fallback_to_soft=False)  # all users of the folder may lock it
+    # The mode lets every user of the folder lock it. A soft lock is refused: a killed process would keep it.
+    lock = FileLock(path, timeout=LOCK_PATIENCE, mode=0o666, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
