@@ -1,14 +1,14 @@
 """Hashes, atomic writes, output folders and locks: every module that touches the disk uses these functions.
 
-`hash_*` is SHA-256, for files that people exchange: checkpoints and stage-1 backbones carry such hashes. `fingerprint_*`
-is BLAKE2b, which is faster and shorter, for caches and indexes on this machine. Files on disk carry both, so the digests
-must not change.
+`hash_*` is SHA-256, for files that people exchange: checkpoints and stage-1 backbones carry such hashes.
+`fingerprint_*` is BLAKE2b, which is faster and shorter, for caches and indexes on this machine. Files on disk carry
+both, so the digests must not change.
 
-`lock_folder` keeps its lock file, `.cala.lock`, inside the folder. There it is on the same file system as the results, so
-that machines and containers that share the folder share the lock. A file beside the folder could lie outside a mounted
-volume, and a file below /tmp would be unknown to other machines. The lock file is removed on release; after a killed
-process it stays behind, unlocked, and `check_output_folder` ignores it. The lock is filelock's, from version 4 on: with
-older versions, forked loader workers keep the lock of a killed process.
+`lock_folder` keeps its lock file, `.cala.lock`, inside the folder. There it is on the same file system as the
+results, so that machines and containers that share the folder share the lock. A file beside the folder could lie
+outside a mounted volume, and a file below /tmp would be unknown to other machines. The lock file is removed on
+release; after a killed process it stays behind, unlocked, and `check_output_folder` ignores it. The lock is
+filelock's, from version 4 on: with older versions, forked loader workers keep the lock of a killed process.
 """
 
 import os
