@@ -1,0 +1,323 @@
+"""A dataclass or a function becomes a command line, and an error that a user can mend becomes one line.
+
+Every field of the dataclass, or every parameter of the function, is a flag; its trailing comment is the help text. The
+parser is Python's argparse. tyro starts as fast and reads dataclasses by itself, but it prints an error as a box of
+several lines, and the hook that would change this is private.
+"""
+
+import errno
+import inspect
+import os
+import sys
+import tokenize
+import warnings
+from argparse import SUPPRESS
+from argparse import ArgumentParser
+from argparse import BooleanOptionalAction
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from functools import wraps
+from io import StringIO
+from pathlib import Path
+from textwrap import dedent
+from types import FrameType
+from typing import Any
+from typing import Literal
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
+
+from ..errors import CalaError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# From words to flags
+
+
+class FlagParser(ArgumentParser):
+    "An argparse parser that raises a `CalaError` where argparse would print its usage and exit."
+
+    def error(self, message):
+        raise CalaError(f"{message}; --help lists every flag")
+
+
+def parse_flags(
+    config: Callable,  # a dataclass, or a function whose parameters are the flags
+    argv: list[str] = None,  # words of the command line; those of this process if None
+    prog: str = None,  # the command's name in the help
+) -> Any:  # an instance of the dataclass, or a dict of the function's arguments
+    "Read the command line into `config`; a wrong flag or value is a `CalaError`."
+    words = read_words(sys.argv[1:] if argv is None else argv)
+    parameters = inspect.signature(config).parameters
+    hints = {name: strip_none(hint) for name, hint in get_type_hints(config).items()}
+    comments = read_comments(config) if {"-h", "--help"} & set(words) else {}  # finding the source takes a moment
+    parser = FlagParser(
+        prog, usage="%(prog)s [flags]", description=config.__doc__, argument_default=SUPPRESS, allow_abbrev=False
+    )
+    flags = []
+    for name, parameter in parameters.items():
+        flags += add_flag(parser, name, hints.get(name, str), parameter.default, comments.get(name, ""))
+    typed, unknown_words = parser.parse_known_args(words)
+    if unknown_words:
+        similar = get_close_matches(unknown_words[0].partition("=")[0], flags, 1)
+        question = f"did you mean {similar[0]}? " if similar else ""
+        raise CalaError(f"unrecognized arguments: {' '.join(unknown_words)}; {question}--help lists every flag")
+    values = {
+        name: read_value(value, hints.get(name, str), parameters[name].default, spell_flag(name))
+        for name, value in vars(typed).items()
+    }
+    if is_dataclass(config):
+        return config(**values)
+    return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}
+
+
+def read_words(
+    argv: list[str],  # as typed
+) -> list[str]:  # the same with `--data-root` for `--data_root`
+    "Spell all flags with dashes; a `CalaError` names a flag whose value is empty."
+    words, flag = [], "an argument"
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            flag = name.replace("_", "-")
+            word = flag + equals + value
+        if not word.strip() or (word.startswith(flag + "=") and not value.strip()):
+            raise CalaError(f"{flag} is empty (an unset shell variable?); give a value, or leave the flag out")
+        words.append(word)
+    return words
+
+
+def spell_flag(
+    name: str,  # of a field
+) -> str:
+    "The flag of a field."
+    return "--" + name.replace("_", "-")
+
+
+def strip_none(
+    hint: Any,  # a type, `None | type` or `Optional[type]`
+) -> Any:
+    "The type without None."
+    alternatives = [each for each in get_args(hint) if each is not type(None)]
+    return alternatives[0] if type(None) in get_args(hint) else hint
+
+
+def add_flag(
+    parser: FlagParser,
+    name: str,  # of the field
+    hint: Any,  # its type
+    default: Any,  # its default, for the help
+    comment: str,  # its comment, for the help
+) -> list[str]:  # its spellings: `--x`, or `--x` and `--no-x`
+    "Add the flag of one field; argparse hands its value on as text."
+    is_list = get_origin(hint) in (list, tuple)
+    shown = ",".join(map(str, default)) if is_list and isinstance(default, (list, tuple)) else default
+    has_default = isinstance(shown, (bool, int, float, str)) and shown != ""
+    text = (f"{comment} (default: {shown})" if has_default else comment).replace("%", "%%")
+    is_required = default is inspect.Parameter.empty
+    if hint is bool:
+        action = parser.add_argument(spell_flag(name), action=BooleanOptionalAction, required=is_required, help=text)
+        return action.option_strings
+    kind = get_args(hint)[0] if is_list else hint
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    action = parser.add_argument(
+        spell_flag(name),
+        nargs="+" if is_list else None,
+        required=is_required,
+        metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
+        help=text,
+    )
+    return action.option_strings
+
+
+def read_value(
+    value: str | list[str] | bool,  # as argparse hands it on
+    hint: Any,  # the type of the field
+    default: Any,  # of the field
+    flag: str,  # for the error message
+) -> Any:
+    "A value of the field's type; the word None stands for a flag that is not given, where the default is None."
+    if isinstance(value, bool):
+        return value
+    if default is None and value in ("None", ["None"]):
+        return None
+    if get_origin(hint) not in (list, tuple):
+        return read_word(value, hint, flag)
+    items = [read_word(word, get_args(hint)[0], flag) for word in " ".join(value).replace(",", " ").split()]
+    if not items:
+        raise CalaError(f"{flag} is empty; give a value, or leave the flag out")
+    return get_origin(hint)(items)
+
+
+def read_word(
+    word: str,  # as typed
+    kind: Any,  # a type that reads text, or a Literal
+    flag: str,  # for the error message
+) -> Any:
+    "One value; the case of letters makes no difference to a choice."
+    if get_origin(kind) is Literal:
+        choices = {choice.lower(): choice for choice in get_args(kind)}
+        if word.lower() not in choices:
+            raise CalaError(f"{flag} {word}: choose one of {', '.join(choices.values())}")
+        return choices[word.lower()]
+    try:
+        return kind(word)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
+        raise CalaError(f"{flag} {word}: give {expected}") from None
+
+
+def read_comments(
+    config: Callable,  # a dataclass, with those that it inherits from, or a function
+) -> dict[str, str]:  # name -> comment
+    "The trailing comment of every field or parameter; a field stands on a line of its own."
+    comments = {}
+    for part in reversed(config.__mro__) if is_dataclass(config) else [config]:
+        try:
+            source = dedent(inspect.getsource(part))
+        except (OSError, TypeError):  # typed into a shell, or built in
+            continue
+        lines, own_comments = source.splitlines(), {}
+        for token in tokenize.generate_tokens(StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                name = lines[token.start[0] - 1].partition(":")[0].strip()
+                own_comments.setdefault(name, token.string.lstrip("# "))  # the body of a function comes later
+        comments |= own_comments
+    return comments
+
+
+# From errors to one line
+
+ADVICE = {
+    errno.EACCES: "let this user read and write there, or name another place",
+    errno.EPERM: "let this user read and write there, or name another place",
+    errno.EROFS: "let this user read and write there, or name another place",
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+    errno.EMFILE: "let a process open more files (ulimit -n 4096)",
+    errno.EIO: "the disk may have a fault",
+}
+
+
+def describe_error(
+    error: Exception,  # raised in this process, or in a loader worker and raised again by torch
+) -> str:
+    "One line for the user, about what the user or the machine can change; an empty text if the error is a bug."
+    if isinstance(error, CalaError):
+        return one_line(error)
+    text = one_line(error)[:160]
+    if isinstance(error, OSError) and error.strerror:
+        place = one_line(error.filename) if error.filename else "reading or writing"
+        return f"{place}: {error.strerror}; {ADVICE.get(error.errno, 'name another place, or check what is there')}"
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (
+            f"memory is used up ({text or type(error).__name__}); lower --batch-size, or give the process more memory"
+        )
+    if "DataLoader worker" in text:
+        return f"a process that decodes pictures died ({text}); lower --num-workers, or give the processes more memory"
+    return ""
+
+
+def one_line(
+    value: Any,  # an error, or the name of a file
+) -> str:
+    "The text of a value on one line; of an error that torch brings from a loader worker, the worker's own message."
+    text = str(value).strip().rpartition(f"\n{CalaError.__module__}.CalaError: ")[2]
+    return text.replace("\n", "\\n")
+
+
+@contextmanager
+def prepare_output() -> Iterator[None]:
+    """Prepare standard output and warnings for a user while a command runs.
+
+    A character that the terminal does not know is printed as `\\xe9`. cala's own warnings are lines that begin with
+    `note:`; warnings for programmers are hidden. What was printed is flushed, so that a closed pipe or a full disk is
+    an error that can still be caught, and not one at the exit of Python."""
+    default_format = warnings.formatwarning
+
+    def format_note(message, category, filename, *place):
+        if PACKAGE in Path(filename).resolve().parents:
+            return f"note: {one_line(message)}\n"
+        return default_format(message, category, filename, *place)
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.formatwarning = format_note
+        try:
+            yield
+        finally:
+            warnings.formatwarning = default_format
+            flush_output()
+
+
+def flush_output():
+    "Flush standard output; if that fails, the rest is thrown away, so that Python does not try again at its exit."
+    if sys.stdout is None:  # the shell closed it
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+# From a function to a command
+
+
+def run_command(
+    main: Callable,  # the function behind the command
+    argv: list[str] = None,  # words of the command line; those of this process if None
+    prog: str = None,  # the command's name in messages
+) -> Any:  # what the function returns
+    """Parse the command line and call `main`.
+
+    What the user or the machine did wrong ends as one line and exit status 2, Ctrl-C as status 130. A closed pipe ends
+    the command silently with 141, as a shell reports it. A bug keeps its traceback."""
+    prog = prog or Path(sys.argv[0]).name
+    hints = [hint for name, hint in get_type_hints(main).items() if name != "return"]
+    config = next(filter(is_dataclass, hints), main)
+    try:
+        with prepare_output():
+            flags = parse_flags(config, argv, prog)
+            return main(flags) if is_dataclass(config) else main(**flags)
+    except KeyboardInterrupt:
+        message, status = "stopped by Ctrl-C", 130
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except (CalaError, OSError, MemoryError, RuntimeError) as error:
+        message, status = describe_error(error), 2
+        if not message:
+            raise
+    print(f"{prog}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def command(
+    main: Callable,  # the function behind the command; one dataclass parameter, or one parameter a flag
+) -> Callable:
+    "Decorator: `main()` reads the command line when a shell calls it; with arguments it stays a plain call."
+
+    @wraps(main)
+    def run(*args, **kwargs):
+        if args or kwargs:
+            return main(*args, **kwargs)
+        if not is_shell(inspect.currentframe().f_back):
+            return main()
+        run_command(main)  # the result is for Python: a console script would take it for an exit status
+
+    if is_shell(inspect.currentframe().f_back):
+        run_command(main)
+    return run
+
+
+def is_shell(
+    frame: FrameType,  # that calls a command
+) -> bool:
+    "True if the frame belongs to a script or a console script, and not to a notebook or a module."
+    return frame.f_globals.get("__name__") == "__main__" and "__file__" in frame.f_globals
