@@ -1,33 +1,60 @@
-"""Everything that is said once is said in settings.ini; this file only hands it to setuptools."""
+"""settings.ini is the one place for names, versions and requirements. This file passes them on to setuptools."""
+
 import shlex
 from configparser import ConfigParser
+from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_packages
+from setuptools import setup
+
+FOLDER = Path(__file__).resolve().parent
 
 config = ConfigParser(delimiters=["="])
-config.read("settings.ini", encoding="utf-8")
-cfg = config["DEFAULT"]
-words = lambda key: shlex.split(cfg.get(key, ""))
+config.read(FOLDER / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+
+def read_requirements(
+    key: str,  # of settings.ini, such as dev_requirements
+) -> list[str]:
+    "The requirements under a key; one that holds a space is quoted there."
+    return shlex.split(settings.get(key, ""))
+
+
+def read_lines(
+    key: str,  # of settings.ini, such as console_scripts
+) -> list[str]:
+    "The lines under a key, without empty ones."
+    lines = [line.strip() for line in settings.get(key, "").splitlines()]
+    return [line for line in lines if line]
+
+
+def read_extras() -> dict[str, list[str]]:
+    "Every further list of requirements under the name of its extra: dev_requirements is the extra dev."
+    ending = "_requirements"
+    keys = [key for key in settings if key.endswith(ending)]
+    return {key.removesuffix(ending): read_requirements(key) for key in keys}
+
 
 setup(
-    name=cfg["lib_name"],
-    version=cfg["version"],
-    description=cfg["description"],
-    long_description=open("README.md", encoding="utf-8").read(),
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(FOLDER / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    author=cfg["author"],
-    author_email=cfg["author_email"],
-    url=cfg["git_url"],
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
     license="MIT",
-    keywords=cfg["keywords"],
+    keywords=settings["keywords"],
     packages=find_packages(include=["cala", "cala.*"]),
+    package_data={"cala": ["py.typed", "*.ipynb"]},
     include_package_data=True,
-    python_requires=f">={cfg['min_python']}",
-    install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "track": words("track_requirements"), "faiss": words("faiss_requirements"),
-                    "browser": words("browser_requirements")},
+    python_requires=f">={settings['min_python']}",
+    install_requires=read_requirements("requirements"),
+    extras_require=read_extras(),
     entry_points={
-        "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
-        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "console_scripts": read_lines("console_scripts"),
+        "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
     },
 )

@@ -1,4 +1,5 @@
-"""What the other tools of this folder need to know about notebooks: where they are, their directives, their fingerprints."""
+"""What the other tools of this folder need of notebooks: their places, directives and fingerprints."""
+
 import ast
 import hashlib
 import json
@@ -12,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|.*\|\s*[\d.]+\w*/|\d+it \[\d\d:\d\d")  # a line that tqdm writes
-KERNEL_FILE = re.compile(r"\S*/ipykernel_\d+/\d+\.py:\d+")  # where a warning of a cell comes from; another file in every run
+KERNEL_FILE = re.compile(
+    r"\S*/ipykernel_\d+/\d+\.py:\d+"
+)  # where a warning of a cell comes from; another file in every run
 
 
 def notebook_paths(

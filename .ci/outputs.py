@@ -1,4 +1,4 @@
-"""Outputs are part of the source. This tool checks that every notebook's outputs come from one run of the whole notebook.
+"""Outputs are part of the source. The outputs of a notebook must come from one run of the whole notebook.
 
 python .ci/outputs.py                        check all notebooks of nbs
 python .ci/outputs.py NOTEBOOK ...           check some
@@ -7,12 +7,13 @@ python .ci/outputs.py --run NOTEBOOK ...     run these notebooks
 python .ci/outputs.py --run --all            run all notebooks
   --also slow cuda                           execute cells of these directives too
 
-A run executes a notebook from its first to its last cell in a new kernel and in the notebook's folder. Then it writes two
-fingerprints to the notebook's metadata: one of all code cells, one of all outputs. The check computes both again, so a code
-cell that was edited afterwards, or an output that another run replaced, is found. Comments, layout and markdown cells do not
-count. Cells with `#| cuda`, `#| slow`, `#| notest` or `#| eval: false` are not executed; their outputs are kept only if no
-code cell has changed since the last run.
+A run executes a notebook from its first to its last cell in a new kernel and in the notebook's folder. Then it writes
+two fingerprints to the notebook's metadata: one of all code cells, one of all outputs. The check computes both again.
+So it finds a code cell that was edited afterwards, and an output that another run replaced. Comments, layout and
+markdown cells do not count. Cells with `#| cuda`, `#| slow`, `#| notest` or `#| eval: false` are not executed; their
+outputs are kept only if no code cell has changed since the last run.
 """
+
 import argparse
 import ast
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
 from notebooks import PROGRESS
 from notebooks import ROOT
 from notebooks import WIDGET
@@ -43,16 +45,31 @@ SECONDS = 900  # a cell may take
 MACHINE = [f"{ROOT}/", f"{Path.home()}/", "/site-packages/"]  # folders that an output must not name
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 # Calls that return None, by the last part of their name: a cell may end in one and show nothing.
-QUIET = {
-    "add", "append", "assert_allclose", "assert_close", "backward", "cleanup", "clear", "close", "close_all", "copy", "copyfile", "discard",
-    "extend", "fill", "filterwarnings", "insert", "load_state_dict", "makedirs", "manual_seed", "mkdir", "nbdev_export",
-    "remove", "rmdir", "rmtree", "save", "savefig", "seed", "set_grad_enabled", "set_num_threads", "setattr", "shuffle", "simplefilter",
-    "sort", "step", "symlink_to", "update", "write", "zero_grad",
-}
+QUIET = set(
+    """
+    add append assert_allclose assert_close backward cleanup clear close close_all copy copyfile discard extend fill
+    filterwarnings insert load_state_dict makedirs manual_seed mkdir nbdev_export remove rmdir rmtree save savefig
+    seed set_grad_enabled set_num_threads setattr shuffle simplefilter sort step symlink_to update write zero_grad
+    """.split()
+)
 # Expressions whose value is shown. A call may return None, so it is judged by its name or by the run.
 VALUES = (
-    ast.Attribute, ast.BinOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Dict, ast.DictComp, ast.JoinedStr, ast.List, ast.ListComp,
-    ast.Name, ast.Set, ast.SetComp, ast.Subscript, ast.Tuple, ast.UnaryOp,
+    ast.Attribute,
+    ast.BinOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.Constant,
+    ast.Dict,
+    ast.DictComp,
+    ast.JoinedStr,
+    ast.List,
+    ast.ListComp,
+    ast.Name,
+    ast.Set,
+    ast.SetComp,
+    ast.Subscript,
+    ast.Tuple,
+    ast.UnaryOp,
 )
 
 
@@ -88,7 +105,7 @@ def hides_output(
 def certain_statements(
     body: list[ast.stmt],  # of a cell, or of a block that always runs
 ) -> Iterator[ast.stmt]:
-    "The statements that run whenever the cell runs: also those in `for`, `with` and `try`, not those in `if` and functions."
+    "The statements that run whenever the cell runs: also those in `for`, `with` and `try`, not in `if` and functions."
     for statement in body:
         yield statement
         if isinstance(statement, ast.With) and hides_output(statement):
@@ -186,7 +203,7 @@ def run_notebook(
     path: Path,
     also: set[str],  # directives whose cells are executed too
 ) -> str:
-    "Execute a notebook and write it with its outputs and fingerprints. Returns one line for the terminal; raises if a cell fails."
+    "Execute a notebook, and write it with outputs and fingerprints. Returns a line to print; raises if a cell fails."
     from nbclient import NotebookClient
     from nbdev.clean import clean_nb
 
@@ -260,8 +277,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--run", action="store_true", help="run notebooks and keep their outputs")
-    parser.add_argument("--all", action="store_true", help="with --run: all notebooks, also those that the check accepts")
-    parser.add_argument("--also", nargs="+", default=[], choices=["slow", "cuda", "notest"], help="execute these cells too")
+    parser.add_argument(
+        "--all", action="store_true", help="with --run: all notebooks, also those that the check accepts"
+    )
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=["slow", "cuda", "notest"], help="execute these cells too"
+    )
     args = parser.parse_args()
     paths = [path.resolve() for path in args.notebooks] or notebook_paths()
     if args.run:
