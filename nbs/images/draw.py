@@ -531,8 +531,9 @@ def draw_associations() -> Figure:
         figure.box(x, y, width, 382, look="panel", radius=10, stroke=1.2)
         figure.text(middle, y + 22, name, 17, bold=True, room=room)
         figure.text(middle, y + 46, long_name, muted=True, room=room)
-        for letter in given: figure.path(ends[letter], join, look=letter, heads="none", stroke=3)
-        for letter in set("rct") - set(given): figure.path(join, ends[letter], stroke=3)
+        for letter, end in ends.items():
+            if letter in given: figure.path(end, join, look=letter, heads="none", stroke=3)
+            else: figure.path(join, end, stroke=3)
         figure.dot(*join, radius=6)
         figure.picture(x + 20, low - 28, 56, "r")
         figure.picture(x + width - 76, low - 28, 56, "t")
