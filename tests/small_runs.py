@@ -11,8 +11,8 @@ from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import read_vocabulary
 from cala.encoders import save_backbone
-from cala.worlds import draw_cirr
-from cala.worlds import draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 
 
 def draw_small_world(root, val=4):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cala.commands import parse_flags, run_command
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.scripts import ablation
-from cala.training import RECIPES, Recipe
+from cala.recipe import RECIPES
+from cala.recipe import Recipe
 
 COMMITTED = Path(__file__).parent.parent / "nbs/tutorials/ablation"
 

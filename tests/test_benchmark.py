@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import cala.scripts.benchmark
-from cala.commands import CalaError
-from cala.commands import run_command
+from cala.errors import CalaError
+from cala.library.cli import run_command
 from cala.scripts.benchmark import PARTS
 from cala.scripts.benchmark import Benchmark
 from cala.scripts.benchmark import apart

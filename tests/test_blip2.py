@@ -11,13 +11,22 @@ from hostile import BOMBS, Bomb
 from lavis_helpers import VOCABULARY, Stub, allow_float64, features, lavis_model, needs_lavis, offline_lavis, write_vocabulary
 from safetensors.torch import load_file
 
-import cala.blip2 as blip2
-from cala.blip2 import SIZES, FrozenTrunk, WordPieces, clip_tower, load_tower
-from cala.commands import CalaError
+import cala.backbones.blip2 as blip2
+from cala.backbones.blip2 import SIZES
+from cala.backbones.blip2 import FrozenTrunk
+from cala.backbones.blip2 import WordPieces
+from cala.backbones.blip2 import clip_tower
+from cala.backbones.blip2 import load_tower
+from cala.errors import CalaError
 from cala.encoders import make_backbone
-from cala.model import CaLa, save_checkpoint
-from cala.qformer import QFormer, load_lavis_state
-from cala.scripts.validate import DataFlags, ModelFlags, build_model, facts
+from cala.model import CaLa
+from cala.library.checkpoint import save_checkpoint
+from cala.qformer import QFormer
+from cala.backbones.blip2 import load_lavis_state
+from cala.library.loading import DataFlags
+from cala.library.loading import ModelFlags
+from cala.library.loading import build_model
+from cala.scripts.validate import facts
 
 CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
 SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, initializer_range=0.2)  # large enough for features that differ

@@ -7,20 +7,20 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from cala.commands import CalaError
-from cala.commands import run_command
+from cala.errors import CalaError
+from cala.library.cli import run_command
 from cala.data import CIRR
 from cala.encoders import make_backbone
 from cala.encoders import read_vocabulary
-from cala.features import TokenCache
+from cala.library.cache.build import TokenCache
 from cala.model import CaLa
-from cala.model import save_checkpoint
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts.cache import main
 from cala.scripts.cirr_submission import main as submission
 from cala.scripts.combiner import main as combiner
 from cala.scripts.train import main as train
 from cala.scripts.validate import main as validate
-from cala.worlds import draw_cirr
+from cala.library.worlds.scenes import draw_cirr
 from small_runs import train_flags
 from small_runs import world
 

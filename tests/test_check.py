@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from cala.commands import run_command
+from cala.library.cli import run_command
 from cala.scripts import check
-from cala.worlds import draw_cirr, draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -178,7 +178,7 @@ RELEASED = """--dataset {dataset} --num-epochs 30 --batch-size 64 --max-epoch 15
 
 
 def test_the_command_line_of_the_released_program_is_read_as_printed():
-    from cala.training import Recipe
+    from cala.recipe import Recipe
 
     for arch, dim, model in ("clip", 640, "RN50x4"), ("blip2", 768, "None"):
         line = RELEASED.format(dataset="CIRR", encoder="both", arch=arch, frame="artemis", dim=dim, model=model)

@@ -14,12 +14,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import cala.clip as room
-from cala.clip import Clip, cut_tower, find_architecture, open_model, shrink
-from cala.commands import CalaError
+import cala.backbones.clip as room
+from cala.backbones.clip import Clip
+from cala.backbones.clip import cut_tower
+from cala.backbones.clip import find_architecture
+from cala.backbones.clip import open_model
+from cala.backbones.clip import shrink
+from cala.errors import CalaError
 from cala.data import image_transform
 from cala.encoders import make_backbone
-from cala.model import CaLa, load_checkpoint, save_checkpoint
+from cala.model import CaLa
+from cala.library.checkpoint import load_checkpoint
+from cala.library.checkpoint import save_checkpoint
 from cala.training import parameter_groups
 
 CAPTIONS = ["make the star red", "is shiny and silver with shorter sleeves ! and fit and flare !!", "", "tree " * 100, "Café ROUGE 日本"]

@@ -6,16 +6,16 @@ import pandas as pd
 import pytest
 import torch
 
-from cala.commands import parse_flags
-from cala.commands import run_command
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.composition import Combiner
 from cala.data import open_dataset
 from cala.encoders import load_backbone
 from cala.model import CaLa
-from cala.model import load_checkpoint
-from cala.model import load_released
-from cala.model import read_recipe
-from cala.model import save_checkpoint
+from cala.library.checkpoint import load_checkpoint
+from cala.library.released import load_released
+from cala.library.checkpoint import read_recipe
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts import combiner
 from cala.scripts import validate
 from small_runs import draw_small_world

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from cala.contract import check_backbone
+from cala.backbones.contract import check_backbone
 from cala.encoders import make_backbone
 
 SHIPPED = dict(tiny=dict(vocabulary="make it red the small star green and large".split(), width=32, layers=2, heads=2),

@@ -15,11 +15,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from cala.commands import run_command
-from cala.model import read_recipe
-from cala.model import save_checkpoint
+from cala.library.cli import run_command
+from cala.library.checkpoint import read_recipe
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts.train import main
-from cala.training import Trainer
+from cala.library.run import Trainer
 from saved_models import tiny
 from small_runs import exit_code
 from small_runs import kept

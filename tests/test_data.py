@@ -16,11 +16,22 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from cala.commands import CalaError, run_command
-from cala.data import (CIRR, CLIP_MEAN, CLIP_STD, FashionIQ, audit, collate, image_transform, open_dataset, read_picture, square_pad,
-                       target_pad)
+from cala.errors import CalaError
+from cala.library.cli import run_command
+from cala.data import CIRR
+from cala.data import CLIP_MEAN
+from cala.data import CLIP_STD
+from cala.data import FashionIQ
+from cala.library.audit import audit
+from cala.data import collate
+from cala.data import image_transform
+from cala.data import open_dataset
+from cala.pictures import read_picture
+from cala.data import square_pad
+from cala.data import target_pad
 from cala.scripts import combiner, train, validate
-from cala.worlds import draw_cirr, draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 from small_runs import draw_small_world, train_flags
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"

@@ -18,24 +18,41 @@ from torch import distributed
 from torch import nn
 from torch.utils.data import DataLoader
 
-import cala.features
-from cala.commands import CalaError
-from cala.data import CIRR, Gallery, collate, image_transform
+import cala.library.cache.policy
+import cala.library.cache.build
+import cala.library.cache.files
+from cala.errors import CalaError
+from cala.data import CIRR
+from cala.data import Gallery
+from cala.data import collate
+from cala.data import image_transform
 from cala.encoders import make_backbone
-from cala.features import TargetSide, TokenCache, build_tokens, cache_targets, cache_tokens, choose, estimate, fingerprint, open_tokens, use_cache, use_caches
-from cala.features import Estimate, Plan
+from cala.library.cache.targets import TargetSide
+from cala.library.cache.build import TokenCache
+from cala.library.cache.build import build_tokens
+from cala.library.cache.targets import cache_targets
+from cala.library.cache.build import cache_tokens
+from cala.library.cache.policy import choose
+from cala.library.cache.build import estimate
+from cala.library.cache.files import fingerprint
+from cala.library.cache.build import open_tokens
+from cala.library.cache.build import use_cache
+from cala.library.cache.policy import use_caches
+from cala.library.cache.build import Estimate
+from cala.library.cache.build import Plan
 from cala.model import CaLa
 from cala.retrieval import evaluate
-from cala.training import Recipe, train
-from cala.worlds import draw_cirr
+from cala.recipe import Recipe
+from cala.library.run import train
+from cala.library.worlds.scenes import draw_cirr
 from small_runs import train_flags, world
-from cala.commands import parse_flags
+from cala.library.cli import parse_flags
 
 PICTURES, SHARD = 40, 8
 
 
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch): monkeypatch.setattr(cala.features, "SHARD", SHARD)
+def small_files(monkeypatch): monkeypatch.setattr(cala.library.cache.files, "SHARD", SHARD)
 
 
 class Trunk(nn.Module):
@@ -233,8 +250,8 @@ def test_two_processes_build_one_cache_together(gallery, tmp_path):
 def as_rank(rank, port, pictures, folder, said):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo")
-    wrote, save = [], cala.features._save_shard
-    cala.features._save_shard = lambda path, *rest: (wrote.append(path.stem), save(path, *rest))
+    wrote, save = [], cala.library.cache.files._save_shard
+    cala.library.cache.files._save_shard = lambda path, *rest: (wrote.append(path.stem), save(path, *rest))
     try: said.put((rank, len(quietly(Trunk(), make_gallery(pictures), folder)), *wrote))
     except CalaError as error: said.put((rank, str(error)))
     distributed.destroy_process_group()
@@ -291,16 +308,16 @@ def test_holes_a_full_disk_and_what_cannot_be_kept_are_one_line(gallery, tmp_pat
     huge = Trunk()
     with torch.no_grad(): huge.convolution.weight.mul_(1e6)
     with pytest.raises(CalaError, match="cannot hold; use float32"): quietly(huge, gallery, folder, dtype="float16")
-    monkeypatch.setattr("cala.features.shutil.disk_usage", lambda path: type("", (), dict(free=1000)))
+    monkeypatch.setattr("cala.library.cache.build.shutil.disk_usage", lambda path: type("", (), dict(free=1000)))
     with pytest.raises(CalaError, match="KB free; name another folder"): quietly(Trunk(), gallery, folder)
     monkeypatch.undo()
-    monkeypatch.setattr(cala.features, "SHARD", SHARD)
+    monkeypatch.setattr(cala.library.cache.files, "SHARD", SHARD)
     real = os.fsync
     def full(descriptor): raise OSError(28, "No space left on device")
-    monkeypatch.setattr("cala.features.os.fsync", full)
+    monkeypatch.setattr("cala.library.cache.files.os.fsync", full)
     with pytest.raises(CalaError, match="No space left on device.*what is done is kept"): quietly(Trunk(), gallery, folder)
     assert not list(folder.rglob("*.part"))
-    monkeypatch.setattr("cala.features.os.fsync", real)
+    monkeypatch.setattr("cala.library.cache.files.os.fsync", real)
     quietly(Trunk(), gallery, folder).verify()
     gallery.paths[0].unlink()
     with pytest.raises(CalaError, match="1 of 40 pictures are missing"): quietly(Trunk(), make_missing(gallery), folder)

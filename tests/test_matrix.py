@@ -5,12 +5,16 @@ import pytest
 import torch
 from small_runs import one_thread, train_flags, world
 
-from cala.commands import CalaError, parse_flags, run_command
+from cala.errors import CalaError
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.composition import frames
 from cala.encoders import MODES
-from cala.model import load_checkpoint
+from cala.library.checkpoint import load_checkpoint
 from cala.scripts import validate
-from cala.training import Recipe, Trainer, train
+from cala.recipe import Recipe
+from cala.library.run import Trainer
+from cala.library.run import train
 
 BACKBONES = {  # words that choose it (train_flags has those of tiny), and the parts of it that a mode may change
     "tiny": ([], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),

@@ -16,22 +16,22 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from cala.commands import CalaError
-from cala.commands import run_command
+from cala.errors import CalaError
+from cala.library.cli import run_command
 from cala.data import CIRR
 from cala.data import FashionIQ
 from cala.data import image_transform
 from cala.encoders import make_backbone
-from cala.features import cache_tokens
-from cala.features import open_tokens
+from cala.library.cache.build import cache_tokens
+from cala.library.cache.build import open_tokens
 from cala.model import CaLa
-from cala.model import _sealed as sealed
-from cala.model import save_checkpoint
-from cala.retrieval import submission_faults
+from cala.library.checkpoint import _sealed as sealed
+from cala.library.checkpoint import save_checkpoint
+from cala.library.submission import submission_faults
 from cala.scripts import check
 from cala.scripts import validate
-from cala.worlds import draw_cirr
-from cala.worlds import draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 from small_runs import lines_of
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"

@@ -3,8 +3,9 @@ import pytest
 import torch
 from lavis_helpers import VOCABULARY, Stub, allow_float64, features, lavis_model, needs_lavis
 
-from cala.commands import CalaError
-from cala.qformer import QFormer, load_lavis_state
+from cala.errors import CalaError
+from cala.qformer import QFormer
+from cala.backbones.blip2 import load_lavis_state
 
 pytestmark = needs_lavis
 CAPTIONS = ["make the star red and remove the circle", "two stars"]

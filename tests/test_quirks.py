@@ -15,19 +15,19 @@ import pandas as pd
 import pytest
 import torch
 
-from cala.commands import parse_flags
-from cala.commands import run_command
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.data import open_dataset
 from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.scripts.train import main
-from cala.training import Recipe
-from cala.training import Trainer
+from cala.recipe import Recipe
+from cala.library.run import Trainer
 from cala.training import make_schedule
 from cala.training import parameter_groups
-from cala.training import train
-from cala.worlds import draw_cirr
-from cala.worlds import draw_fashioniq
+from cala.library.run import train
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 from small_runs import lines_of
 from small_runs import train_flags
 from small_runs import world
@@ -238,7 +238,8 @@ def test_the_folders_of_the_readme_and_of_the_code_are_both_read(tmp_path, name,
 
 CHILD = """
 import ssl, sys
-from cala.training import Recipe, train
+from cala.library.run import train
+from cala.recipe import Recipe
 from cala.commands import parse_flags
 strangers = lambda: sorted({name.split(".")[0] for name in sys.modules} & {"comet_ml", "tensorboard", "tensorboardX", "lavis", "open_clip", "wandb", "codecarbon"})
 print(strangers())

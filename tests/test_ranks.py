@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cala.features
-import cala.training
-from cala.commands import run_command
-from cala.model import load_checkpoint
+import cala.library.cache.policy
+import cala.library.cache.build
+import cala.library.cache.files
+import cala.library.run
+from cala.library.cli import run_command
+from cala.library.checkpoint import load_checkpoint
 from cala.scripts.train import main
-from cala.worlds import draw_fashioniq
+from cala.library.worlds.garments import draw_fashioniq
 from small_runs import lines_of
 from small_runs import still_flags
 from small_runs import train_flags
@@ -39,13 +41,13 @@ def _rank(rank, ranks, port, words, said, sent):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    cala.features.SHARD = 8  # pictures a file of a cache: enough files for two
-    step, begun = cala.training.Trainer.step, []
+    cala.library.cache.files.SHARD = 8  # pictures a file of a cache: enough files for two
+    step, begun = cala.library.run.Trainer.step, []
     def watched(self, batch):
         begun.append(1)
         if sent and (rank, len(begun)) == sent[:2]: os.kill(os.getpid(), sent[2])
         return step(self, batch)
-    cala.training.Trainer.step = watched
+    cala.library.run.Trainer.step = watched
     with open(f"{said}.{rank}", "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         run_command(main, words, prog="cala-train")
 

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from hostile import BOMBS, Bomb
 from torch import nn
 
-from cala.clip import find_architecture, open_model, shrink
-from cala.commands import CalaError
+from cala.backbones.clip import find_architecture
+from cala.backbones.clip import open_model
+from cala.backbones.clip import shrink
+from cala.errors import CalaError
 from cala.encoders import make_backbone
-from cala.model import CaLa, load_released, read_released
+from cala.model import CaLa
+from cala.library.released import load_released
+from cala.library.released import read_released
 from cala.qformer import QFormer
 
 DIM = 64

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cala.commands import CalaError
+from cala.errors import CalaError
 from cala.composition import Artemis
 from cala.composition import Combiner
 from cala.composition import Sum
@@ -21,7 +21,7 @@ from cala.data import FashionIQ
 from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.retrieval import chance
-from cala.retrieval import check_cirr_submission
+from cala.library.submission import check_cirr_submission
 from cala.retrieval import cirr_metrics
 from cala.retrieval import embed
 from cala.retrieval import evaluate
@@ -29,13 +29,13 @@ from cala.retrieval import fashioniq_metrics
 from cala.retrieval import group_ranks
 from cala.retrieval import measure
 from cala.retrieval import rank_queries
-from cala.retrieval import submission_faults
+from cala.library.submission import submission_faults
 from cala.retrieval import target_ranks
 from cala.retrieval import target_ties
-from cala.retrieval import top_k
-from cala.retrieval import write_cirr_submission
-from cala.worlds import draw_cirr
-from cala.worlds import draw_fashioniq
+from cala.library.gallery import top_k
+from cala.library.submission import write_cirr_submission
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 
 
 def problem(seed, Q=37, N=53, ties=False):
@@ -168,7 +168,8 @@ IN_LITTLE_MEMORY = """
 import sys, torch
 from resource import RLIMIT_DATA, setrlimit
 from cala.composition import make_frame
-from cala.retrieval import rank_queries, target_ranks, top_k
+from cala.library.gallery import top_k
+from cala.retrieval import rank_queries, target_ranks
 name, how = sys.argv[1:]
 torch.manual_seed(0)
 frame, gallery, ask, targets = make_frame(name, 16).eval(), torch.randn(100_000, 16).half(), torch.randn(2500, 16), torch.arange(2500)
@@ -257,7 +258,7 @@ def crowd():
 
 def test_an_exact_index_of_faiss_equals_ours(crowd):
     pytest.importorskip("faiss")
-    from cala.retrieval import FaissGallery
+    from cala.library.gallery import FaissGallery
     ask, left_out = crowd[:50] + .1, torch.arange(50)
     for frame in (Sum(), FRAMES["combiner"]().eval()):
         ours, theirs = (top_k(frame, ask, ask, gallery, 10, exclude=left_out) for gallery in (crowd, FaissGallery(crowd)))
@@ -268,7 +269,7 @@ def test_an_exact_index_of_faiss_equals_ours(crowd):
 
 def test_an_approximate_index_finds_most_and_all_if_it_looks_everywhere(crowd, tmp_path):
     pytest.importorskip("faiss")
-    from cala.retrieval import FaissGallery
+    from cala.library.gallery import FaissGallery
     ask, truth = crowd[:200] + .1, top_k(Sum(), crowd[:200] + .1, crowd[:200] + .1, crowd, 10).positions
     FaissGallery(crowd, "IVF16,Flat").save(tmp_path / "index")
     share = lambda looks: (top_k(Sum(), ask, ask, FaissGallery.open(tmp_path / "index", looks), 10).positions[:, :, None] == truth[:, None]).any(2).float().mean()
@@ -277,7 +278,7 @@ def test_an_approximate_index_finds_most_and_all_if_it_looks_everywhere(crowd, t
 
 def test_what_an_index_cannot_do_is_one_line(crowd, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
-    from cala.retrieval import FaissGallery
+    from cala.library.gallery import FaissGallery
     ask, index = crowd[:3], FaissGallery(crowd)
     with pytest.raises(CalaError, match="no inner product"): top_k(Artemis(16), ask, ask, index)
     with pytest.raises(CalaError, match="cannot choose among"): top_k(Sum(), ask, ask, index, among=torch.zeros(3, 2).long())

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cala.commands import CalaError
-from cala.commands import run_command
+from cala.errors import CalaError
+from cala.library.cli import run_command
 from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import save_backbone
 from cala.model import CaLa
-from cala.model import checkpoint_folder
-from cala.model import load_checkpoint
-from cala.model import read_recipe
-from cala.model import save_checkpoint
+from cala.library.checkpoint import checkpoint_folder
+from cala.library.checkpoint import load_checkpoint
+from cala.library.checkpoint import read_recipe
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts import validate
 from cala.scripts.train import main
 from small_runs import kept
@@ -65,7 +65,7 @@ class FullDisk:
         self.left, self.hit = number, ""
         for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename")):
             monkeypatch.setattr(owner, name, self.counted(getattr(owner, name), name))
-        monkeypatch.setattr("cala.model.open", self.open, raising=False)
+        monkeypatch.setattr("cala.library.files.open", self.open, raising=False)
 
     def fails(self, name):
         self.left -= 1

@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cala.commands import run_command
+from cala.library.cli import run_command
 from cala.data import CIRR
-from cala.encoders import make_backbone, read_vocabulary
-from cala.model import CaLa, save_checkpoint
+from cala.encoders import make_backbone
+from cala.encoders import read_vocabulary
+from cala.model import CaLa
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts import search
-from cala.worlds import draw_cirr
+from cala.library.worlds.scenes import draw_cirr
 
 QUESTION = ["--reference", "a/00.png", "--sentence", "make the star red"]
 

@@ -9,14 +9,26 @@ from PIL import Image
 
 matplotlib.use("Agg")
 
-from cala.commands import CalaError
+from cala.errors import CalaError
 from cala.data import CIRR
-from cala.encoders import make_backbone, read_vocabulary, save_backbone
+from cala.encoders import make_backbone
+from cala.encoders import read_vocabulary
+from cala.encoders import save_backbone
 from cala.model import CaLa
 from cala.retrieval import evaluate
-from cala.show import QueryExplorer, Ranking, TrainingPanel, draw_rankings, edit_kinds, loss_curves, per_kind_recall, recall_curve, show_triplet, show_triplets
-from cala.training import Recipe, train
-from cala.worlds import draw_cirr
+from cala.library.show.widgets import QueryExplorer
+from cala.library.show.cards import Ranking
+from cala.library.show.panel import TrainingPanel
+from cala.library.show.cards import draw_rankings
+from cala.library.show.curves import edit_kinds
+from cala.library.show.curves import loss_curves
+from cala.library.show.curves import per_kind_recall
+from cala.library.show.curves import recall_curve
+from cala.library.show.cards import show_triplet
+from cala.library.show.cards import show_triplets
+from cala.recipe import Recipe
+from cala.library.run import train
+from cala.library.worlds.scenes import draw_cirr
 
 CAPTIONS = ["is red", "costs $5 and not $10", "größer, 大きい", "word " * 150, "w" * 400, "", "two\nlines"]
 

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cala.commands import CalaError
-from cala.commands import run_command
+from cala.errors import CalaError
+from cala.library.cli import run_command
 from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import save_backbone
 from cala.model import CaLa
-from cala.model import _sealed as sealed
-from cala.model import _sha256 as sha256
-from cala.model import load_checkpoint
-from cala.model import save_checkpoint
+from cala.library.checkpoint import _sealed as sealed
+from cala.library.checkpoint import _sha256 as sha256
+from cala.library.checkpoint import load_checkpoint
+from cala.library.checkpoint import save_checkpoint
 from cala.scripts import check
 from cala.scripts import cirr_submission
 from cala.scripts import combiner

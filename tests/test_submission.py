@@ -10,15 +10,15 @@ from stand_ins import REAL
 from stand_ins import needs_real
 from stand_ins import stand_in_root
 
-from cala.commands import run_command
+from cala.library.cli import run_command
 from cala.data import CIRR
 from cala.encoders import make_backbone
 from cala.model import CaLa
-from cala.model import save_checkpoint
-from cala.retrieval import check_cirr_submission
+from cala.library.checkpoint import save_checkpoint
+from cala.library.submission import check_cirr_submission
 from cala.retrieval import evaluate
 from cala.scripts.cirr_submission import main
-from cala.worlds import draw_cirr
+from cala.library.worlds.scenes import draw_cirr
 
 
 @pytest.fixture(scope="module")

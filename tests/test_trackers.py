@@ -6,10 +6,10 @@ import zipfile
 import pandas as pd
 import pytest
 
-import cala.training
-from cala.commands import run_command
+import cala.library.trackers
+from cala.library.cli import run_command
 from cala.model import CaLa
-from cala.model import read_recipe
+from cala.library.checkpoint import read_recipe
 from cala.scripts.train import main
 from small_runs import lines_of
 from small_runs import train_flags
@@ -122,7 +122,7 @@ def test_an_archive_is_whole_although_the_run_failed(world, tmp_path, comet, mon
 
 @pytest.mark.parametrize("package, words", [("tensorboard", ["--tensorboard"]), ("comet_ml", ["--comet-offline", "x"]), ("comet_ml", ["--api-key", "x"])])
 def test_a_tracker_that_is_not_installed_is_one_line(world, tmp_path, monkeypatch, capsys, package, words):
-    found = cala.training.find_spec
-    monkeypatch.setattr(cala.training, "find_spec", lambda name: None if name == package else found(name))
+    found = cala.library.trackers.find_spec
+    monkeypatch.setattr(cala.library.trackers, "find_spec", lambda name: None if name == package else found(name))
     assert f"{package} is not installed: pip install {package}" in refused(capsys, world, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()

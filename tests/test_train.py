@@ -11,17 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-import cala.training
-from cala.commands import CalaError
-from cala.commands import parse_flags
-from cala.commands import run_command
+import cala.library.run
+from cala.errors import CalaError
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.data import open_dataset
 from cala.model import CaLa
 from cala.scripts.train import main
-from cala.training import Recipe
+from cala.recipe import Recipe
 from cala.training import open_split
-from cala.training import train
-from cala.worlds import draw_cirr
+from cala.library.run import train
+from cala.library.worlds.scenes import draw_cirr
 from small_runs import exit_code
 from small_runs import kept
 from small_runs import lines_of
@@ -195,7 +195,7 @@ def _child(words, killed_at, error):
     where, name, number, sent = killed_at or (None, None, None, None)
     if where:
         owner, _, method = where.rpartition(".")
-        owner = {"Trainer": cala.training.Trainer, "Path": Path, "training": cala.training}[owner]
+        owner = {"Trainer": cala.library.run.Trainer, "Path": Path, "training": cala.library.run}[owner]
         original, count = getattr(owner, method), []
         def watched(*args, **kwargs):
             if name is None or Path(args[0]).name == name: count.append(1)

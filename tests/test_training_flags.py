@@ -12,19 +12,20 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-import cala.training
-from cala.commands import parse_flags
-from cala.commands import run_command
+import cala.library.run
+from cala.errors import CalaError
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
 from cala.data import CIRR
 from cala.data import open_dataset
 from cala.encoders import TinyTrunk
 from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.scripts.train import main
-from cala.training import Recipe
-from cala.training import Trainer
-from cala.training import checkpoint_layers
-from cala.training import train
+from cala.recipe import Recipe
+from cala.library.run import Trainer
+from cala.library.speed import checkpoint_layers
+from cala.library.run import train
 from small_runs import lines_of
 from small_runs import one_thread
 from small_runs import still_flags
@@ -142,7 +143,7 @@ def test_each_different_picture_of_a_batch_passes_the_trunk_once(world, tmp_path
 @pytest.mark.parametrize("objective", ["released", "paper"])
 @pytest.mark.parametrize("encoder", ["multi", "text"])
 def test_gallery_negatives_are_all_pictures_of_the_gallery(world, tmp_path, encoder, objective, monkeypatch):
-    shapes, contrast = [], cala.objectives.contrast
+    shapes, contrast = [], cala.contrast.contrast
     monkeypatch.setattr(cala.objectives, "contrast", lambda logits: (shapes.append(tuple(logits.shape)), contrast(logits))[1])
     words = ["--encoder", encoder, "--objective", objective, "--gallery-negatives"]
     done = run(world, tmp_path / "run", *words, epochs=1)
@@ -216,12 +217,12 @@ def test_the_fp16_scaler_goes_on_where_it_was(world, tmp_path, monkeypatch):
 
 def test_ctrl_c_in_a_validation_keeps_the_epochs_steps(world, tmp_path, capsys, monkeypatch, undisturbed):
     with monkeypatch.context() as patched:
-        evaluate, count = cala.training.evaluate, []
+        evaluate, count = cala.library.run.evaluate, []
         def interrupted(*args, **how):
             count.append(1)
             if len(count) == 2: signal.raise_signal(signal.SIGINT)
             return evaluate(*args, **how)
-        patched.setattr(cala.training, "evaluate", interrupted)
+        patched.setattr(cala.library.run, "evaluate", interrupted)
         assert "stopped by Ctrl-C in the validation of epoch 2; 4 steps are kept" in refused(capsys, world, tmp_path / "run", epochs=3)
     run(world, tmp_path / "run", "--resume", tmp_path / "run", epochs=3)
     assert left(tmp_path / "run") == undisturbed
@@ -243,7 +244,7 @@ def test_a_second_ctrl_c_in_one_step_goes_back_to_what_was_kept_before(world, tm
 def test_ctrl_c_without_save_training_says_that_nothing_is_kept(world, tmp_path, capsys):
     def interrupt(row): signal.raise_signal(signal.SIGINT)
     recipe = parse_flags(Recipe, train_flags(world, tmp_path / "run", "--no-save-training"))
-    with pytest.raises(cala.training.CalaError, match="stopped by Ctrl-C in epoch 1; nothing was kept"): train(recipe, watch=interrupt, progress=False)
+    with pytest.raises(CalaError, match="stopped by Ctrl-C in epoch 1; nothing was kept"): train(recipe, watch=interrupt, progress=False)
     assert not (tmp_path / "run/last").exists()
 
 

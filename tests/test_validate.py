@@ -11,20 +11,20 @@ from stand_ins import REAL
 from stand_ins import needs_real
 from stand_ins import stand_in_root
 
-import cala.clip
-from cala.clip import find_architecture
-from cala.clip import shrink
-from cala.commands import run_command
+import cala.backbones.clip
+from cala.backbones.clip import find_architecture
+from cala.backbones.clip import shrink
+from cala.library.cli import run_command
 from cala.data import CIRR
 from cala.data import open_dataset
 from cala.encoders import make_backbone
 from cala.model import CaLa
-from cala.model import read_recipe
-from cala.model import save_checkpoint
+from cala.library.checkpoint import read_recipe
+from cala.library.checkpoint import save_checkpoint
 from cala.retrieval import evaluate
 from cala.scripts.validate import main
-from cala.worlds import draw_cirr
-from cala.worlds import draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ SEED = """--dataset {dataset} --combining-function {function} --combiner-path {f
 @pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
 def test_the_seeds_command_line_clip_and_a_combiner_from_released_files(root, released, tmp_path, capsys, monkeypatch, dataset, function):
     folder, model = released
-    monkeypatch.setattr(cala.clip, "find_architecture", lambda name: shrink(find_architecture(name)))
+    monkeypatch.setattr(cala.backbones.clip, "find_architecture", lambda name: shrink(find_architecture(name)))
     words, where = SEED.format(dataset=dataset, function=function, folder=folder).split(), ["--data-root", root, "--device", "cpu", "--output", tmp_path / "out"]
     validate(*words, *where)
     said = json.loads((tmp_path / "out/result.json").read_text())

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import cala.worlds
-from cala.commands import CalaError, alone
-from cala.worlds import EDIT_KINDS, draw_cirr, draw_fashioniq
+import cala.library.worlds.scenes
+from cala.errors import CalaError
+from cala.library.files import lock_folder
+from cala.library.worlds.scenes import EDIT_KINDS
+from cala.library.worlds.scenes import draw_cirr
+from cala.library.worlds.garments import draw_fashioniq
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SPLITS, FASHION_SPLITS, CATEGORIES = ("train", "val", "test1"), ("train", "val", "test"), ("dress", "shirt", "toptee")
@@ -312,14 +315,14 @@ def test_a_root_that_is_a_file_or_a_broken_note_is_one_line(tmp_path):
 
 
 def test_a_killed_drawing_is_not_taken_for_a_finished_one_and_can_be_started_again(tmp_path, monkeypatch):
-    draw, left = cala.worlds.scene_picture, [20]
+    draw, left = cala.library.worlds.scenes.scene_picture, [20]
 
     def killed(*args):
         left[0] -= 1
         if left[0] < 0: raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(cala.worlds, "scene_picture", killed)
+    monkeypatch.setattr(cala.library.worlds.scenes, "scene_picture", killed)
     with pytest.raises(KeyboardInterrupt): draw_cirr(tmp_path / "killed", 4, 2, 1)
     monkeypatch.undo()
     assert not (tmp_path / "killed/cirr_dataset/drawn/world.json").exists()
@@ -329,7 +332,7 @@ def test_a_killed_drawing_is_not_taken_for_a_finished_one_and_can_be_started_aga
 
 @pytest.mark.parametrize("draw, folder", [(draw_cirr, "cirr_dataset"), (draw_fashioniq, "fashionIQ_dataset")])
 def test_a_folder_in_which_another_process_draws_is_left_to_it(tmp_path, draw, folder):
-    with alone(tmp_path / folder):
+    with lock_folder(tmp_path / folder):
         with pytest.raises(CalaError, match="another process is at work in"): draw(tmp_path, 1, 1, 1)
         assert not any((tmp_path / folder).iterdir())
     assert digest(draw(tmp_path, 1, 1, 1)) == digest(draw(tmp_path / "alone", 1, 1, 1))
