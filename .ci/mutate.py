@@ -3,7 +3,7 @@
 python .ci/mutate.py           print a table; status 1 if a fault is not noticed, or if a line is no longer there
 python .ci/mutate.py --lines   only check that every line is there, once
 
-A mutant is a copy of the project with one wrong line. First the tests named beside it run on it. If they pass, the
+A mutant is a copy of the project with one wrong line. First the tests that the table names run on it. If they pass, the
 cells of the module's notebook run, down to the sixth cell below the line.
 """
 
@@ -41,7 +41,7 @@ MUTANTS = [
         "tests/test_method.py -k objective",
     ),
     Mutant(
-        "loss: CTR and QTM change places in the mixture",
+        "loss: QTM and CTR change places in the mixture",
         "objectives",
         "tac * z_ctr + (1 - tac) * z_qtm",
         "(1 - tac) * z_ctr + tac * z_qtm",

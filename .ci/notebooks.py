@@ -158,7 +158,7 @@ def clean_outputs(
     cell: NotebookNode,  # a code cell; changed in place
 ) -> None:
     "Keep what a page can show: no progress bars, no live widgets (only the picture that a widget leaves), no metadata."
-    kept = []
+    shown = []
     for output in cell.outputs:
         if output.output_type == "stream":
             output.text = clean_stream(output.text)
@@ -171,5 +171,5 @@ def clean_outputs(
                 output.data.pop(WIDGET)
             if "metadata" in output:
                 output.metadata = NotebookNode()
-        kept.append(output)
-    cell.outputs = kept
+        shown.append(output)
+    cell.outputs = shown

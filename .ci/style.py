@@ -1,7 +1,7 @@
 """Style: ruff's rules and layout, and the rules of CONTRIBUTING.md that ruff does not know.
 
 python .ci/style.py          check notebooks, plain modules of the package, tests and tools; status 1 at a fault
-python .ci/style.py --fix    let ruff mend what it can, and bring everything into ruff's layout, then check
+python .ci/style.py --fix    let ruff correct what it can and lay out all files, then check
 python .ci/style.py --count  only count, by rule and by file
 
 Modules that nbdev exports are left out: the notebook that a module comes from is checked instead.
@@ -74,7 +74,7 @@ def ruff_faults(
     if result.returncode not in (0, 1):
         sys.exit(result.stderr)
     for name in sorted({item["filename"] for item in json.loads(result.stdout)}):
-        yield Fault(relative(Path(name)), "whole file", "layout", "is not in ruff's layout; make format mends it")
+        yield Fault(relative(Path(name)), "whole file", "layout", "is not in ruff's layout; make format corrects it")
 
 
 def is_truth(
@@ -95,7 +95,7 @@ def code_faults(
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and node is not shown:
             if isinstance(node.value, COMPREHENSIONS):
-                yield node.lineno, "comprehension", "a comprehension whose value nobody uses; write a loop"
+                yield node.lineno, "comprehension", "the value of this comprehension is not used; write a loop"
             if isinstance(node.value, (ast.BoolOp, ast.IfExp)):
                 yield node.lineno, "condition", "an expression instead of `if`; write the condition as a statement"
             if isinstance(node.value, ast.Tuple):
@@ -112,6 +112,45 @@ def is_text(
 ) -> bool:
     "True for a text that stands in the source."
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def unannotated(
+    function: ast.FunctionDef | ast.AsyncFunctionDef,
+    is_method: bool,  # its first parameter is the object, unless it is a static method
+) -> list[str]:
+    "The parameters of a function that have no type."
+    words = function.args
+    parameters = [*words.posonlyargs, *words.args]
+    if is_method and not any(ast.unparse(each) == "staticmethod" for each in function.decorator_list):
+        parameters = parameters[1:]
+    parameters += words.kwonlyargs
+    parameters += [each for each in (words.vararg, words.kwarg) if each is not None]
+    return [each.arg for each in parameters if each.annotation is None]
+
+
+def interface_faults(
+    tree: ast.Module,
+    public: set[str] | None = None,  # names that a module offers; all without a leading underscore if not given
+) -> Iterator[tuple[int, str, str]]:
+    "Line, rule and message for public functions and classes without types or docstring."
+
+    def is_public(name: str) -> bool:
+        return name in public if public is not None else not name.startswith("_")
+
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or not is_public(node.name):
+            continue
+        if not ast.get_docstring(node):
+            yield node.lineno, "docstring", f"{node.name} is public and has no docstring"
+        functions = [(node.name, node)]
+        if isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            named = [each for each in methods if each.name == "__init__" or not each.name.startswith("_")]
+            functions = [(f"{node.name}.{each.name}", each) for each in named]
+        for name, function in functions:
+            missing = unannotated(function, is_method=isinstance(node, ast.ClassDef))
+            if missing:
+                yield function.lineno, "untyped", f"{name} is public; give a type to {', '.join(missing)}"
 
 
 def patched_classes(
@@ -184,6 +223,8 @@ def exported_faults(
 ) -> Iterator[Fault]:
     "What is wrong with an exported cell."
     own_classes |= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for line, rule, message in interface_faults(tree):
+        yield Fault(name, f"cell {number} line {line}", rule, message)
     for line, owner in patched_classes(tree):
         if owner in own_classes:
             message = f"`@patch` adds to {owner}, which this notebook defines; write the class whole in one cell"
@@ -203,6 +244,9 @@ def module_faults(
         return
     for line, rule, message in code_faults(tree, ends_in_value=False):
         yield Fault(relative(path), f"line {line}", rule, message)
+    if path.is_relative_to(ROOT / "cala"):
+        for line, rule, message in interface_faults(tree):
+            yield Fault(relative(path), f"line {line}", rule, message)
 
 
 def own_faults(
@@ -214,10 +258,10 @@ def own_faults(
 
 
 def main() -> None:
-    "Check, and with --fix mend first; status 1 if anything is left."
+    "Check, with --fix after corrections; status 1 if a fault is left."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="notebooks or Python files; all if none is given")
-    parser.add_argument("--fix", action="store_true", help="mend what ruff can mend")
+    parser.add_argument("--fix", action="store_true", help="correct what ruff can correct, first")
     parser.add_argument("--count", action="store_true", help="print counts only")
     args = parser.parse_args()
     files = [path.resolve() for path in args.files] or source_files()

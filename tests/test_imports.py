@@ -63,18 +63,18 @@ def statements(body: list, inside: bool = False) -> Iterator[tuple[ast.stmt, boo
 
 def imports_of(tree: ast.Module, package: str) -> list[Import]:
     "The imports of a syntax tree; `package` is what one leading dot stands for."
-    found = []
+    imports = []
     for node, inside in statements(tree.body):
         if isinstance(node, ast.Import):
-            found += [Import(node.lineno, name.name, "", inside) for name in node.names]
+            imports += [Import(node.lineno, name.name, "", inside) for name in node.names]
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:
                 parts = package.split(".")
                 base = ".".join(parts[: len(parts) - node.level + 1])
                 module = f"{base}.{module}" if module else base
-            found += [Import(node.lineno, module, name.name, inside) for name in node.names]
-    return found
+            imports += [Import(node.lineno, module, name.name, inside) for name in node.names]
+    return imports
 
 
 def module_imports(path: Path) -> list[Import]:
