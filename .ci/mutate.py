@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "loss: targets of the batch shifted by one",
-        "objectives",
+        "contrast",
         "torch.arange(len(logits), device=logits.device)",
         "torch.arange(len(logits), device=logits.device).roll(1)",
         "tests/test_method.py -k objective",
@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "ranking: the reference is left in",
         "retrieval",
-        "if exclude is not None: above -= (",
-        "if exclude is not None: above -= 0 * (",
+        "above -= (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
+        "above -= 0 * (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
         "tests/test_retrieval.py -k plain_python",
     ),
     Mutant(
@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant(
         "schedule: warm-up starts at the full rate",
         "training",
-        "if epochs < recipe.warmup: return epochs / recipe.warmup",
-        "if epochs < recipe.warmup: return 1.",
+        "return epochs / recipe.warmup",
+        "return 1.0",
         "",
     ),
 ]

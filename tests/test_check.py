@@ -2,13 +2,10 @@
 
 import json
 import os
-import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -126,7 +123,7 @@ def stand_in(root, name):
             if not (root / name / place).exists(): os.link(picture, root / name / place)
 
 
-# ---------------------------------------------------------------- licences and lock files
+# ---------------------------------------------------------------- licences
 
 def test_licences_of_everything_are_listed_and_what_is_not_stated_is_named(run, monkeypatch):
     monkeypatch.setattr(check, "requires", lambda name: ["pandas", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
@@ -137,29 +134,3 @@ def test_licences_of_everything_are_listed_and_what_is_not_stated_is_named(run, 
     assert {"pandas", "numpy", "python-dateutil", "surely-not-there"} <= {line.split()[0] for line in out.splitlines() if line.strip()}
     last = out.splitlines()[-1]
     assert "no licence stated by 2: numpy (" in last and "surely-not-there (no licence file)" in last
-
-
-@pytest.fixture(scope="module")
-def lock(): return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / ".ci/lock.py")))
-
-
-def test_every_lock_file_is_exact_complete_and_within_the_ranges(lock):
-    files = sorted(lock.LOCKS.glob("*.txt"))
-    assert "3.11.txt" in [file.name for file in files]
-    for file in files: assert list(lock.faults(file)) == [] and len(lock.read(file)) > 100
-
-
-def test_a_lock_file_that_lacks_a_package_or_breaks_a_range_is_noticed(lock, tmp_path):
-    lines = (lock.LOCKS / "3.11.txt").read_text().splitlines()
-    change = lambda **named: "\n".join(named.get(line.partition("==")[0], line) for line in lines)
-    (tmp_path / "3.11.txt").write_text(change(nbdev="nbdev==3.0", torch=""))
-    assert sorted(lock.faults(tmp_path / "3.11.txt")) == ["3.11.txt has nbdev 3.0, settings.ini wants <3,>=2.4.14", "3.11.txt lacks torch"]
-    (tmp_path / "3.13.txt").write_text(change())     # there LAVIS cannot be, and numpy may be new
-    assert list(lock.faults(tmp_path / "3.13.txt")) == []
-    (tmp_path / "3.11.txt").write_text(change(numpy="numpy>=1.26"))
-    with pytest.raises(SystemExit, match="numpy>=1.26 is no exact version"): lock.read(tmp_path / "3.11.txt")
-
-
-def test_a_lock_file_holds_nothing_of_the_machine_that_wrote_it(lock):
-    for file in lock.LOCKS.glob("*.txt"):
-        assert all(re.fullmatch(r"#.*|[a-z0-9-]+==[\w.!]+", line) for line in file.read_text().splitlines())
