@@ -6,6 +6,7 @@ from operator import index
 
 
 from ...errors import CalaError
+from ..files import LOCK_NAME
 
 
 def _write(path, content, indent=None):
@@ -27,7 +28,7 @@ def _refuse(folder, record, held):
     if isinstance(held, dict) and held != record:
         other = ", ".join(f"{key} {held.get(key)} not {value}" for key, value in record.items() if held.get(key) != value)
         raise CalaError(f"{folder} holds another world ({other}); name another folder or delete this one")
-    if held != record and folder.exists() and any(folder.iterdir()):
+    if held != record and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise CalaError(f"{folder} is not empty and was not drawn by us; name another folder")
 
 def _whole(folder, record):
