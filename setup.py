@@ -48,7 +48,7 @@ setup(
     license="MIT",
     keywords=settings["keywords"],
     packages=find_packages(include=["cala", "cala.*"]),
-    package_data={"cala": ["py.typed", "*.ipynb"]},
+    package_data={"cala": ["py.typed", "*.pyi", "*.ipynb"]},
     include_package_data=True,
     python_requires=f">={settings['min_python']}",
     install_requires=read_requirements("requirements"),

@@ -89,9 +89,8 @@ def interface_faults(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     public = None
     for node in tree.body:
-        is_list = isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
-        if is_list and ast.unparse(node.targets[0]) == "__all__":
-            public = set(ast.literal_eval(node.value))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            public = {each.value for each in node.value.elts if isinstance(each, ast.Constant)}
     faults = load_tool("style").interface_faults(tree, public)
     return [f"{path.relative_to(ROOT)} line {line}: {message}" for line, _, message in faults]
 
