@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .contrast import cosine_logits
-from .contrast import widened
+from .contrast import in_float32
 from .errors import CalaError
 
 # %% ../nbs/method/05_composition.ipynb #626b53f8
@@ -34,7 +34,7 @@ class Sum(nn.Module):
         text: torch.Tensor,  # (B_q, d)
     ) -> torch.Tensor:  # (B_q, d), each row of length 1
         "One vector for each query."
-        reference, text = widened(reference, text)
+        reference, text = in_float32(reference, text)
         return F.normalize(reference + text, dim=-1)
 
     def scores(
@@ -86,7 +86,7 @@ class Artemis(nn.Module):
     ) -> tuple:  # three (B_q, d): the direction for EM, the attention for EM, the attention for IS
         "What the caption describes and which coordinates it is about, in float32 or better."
         text = text.to(self.transform.weight.dtype)
-        directions, explicit, implicit = widened(self.transform(text), self.explicit(text), self.implicit(text))
+        directions, explicit, implicit = in_float32(self.transform(text), self.explicit(text), self.implicit(text))
         return directions, softmax_over_max(explicit), softmax_over_max(implicit)
 
     def scores(
@@ -98,7 +98,7 @@ class Artemis(nn.Module):
         "EM + IS of all pairs, computed in float32 or better."
         with torch.autocast(text.device.type, enabled=False):
             directions, a_em, a_is = self.read_text(text)
-            reference, targets = widened(reference, targets)
+            reference, targets = in_float32(reference, targets)
             explicit = attended_cosines(directions, a_em, targets)
             implicit = attended_cosines(a_is * reference, a_is, targets)
             scores = explicit + implicit

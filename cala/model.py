@@ -19,7 +19,7 @@ from .associations import TwinAttentionCompositor
 from .composition import make_frame
 from .contrast import association_logits
 from .contrast import diagonal_loss
-from .contrast import widened
+from .contrast import in_float32
 from .encoders import Backbone
 from .encoders import Embedding
 from .errors import CalaError
@@ -117,7 +117,7 @@ class CaLa(nn.Module):
         found = [F_r.feature, F_c.feature, F_t.feature]
         if self.tac is not None: found.append(self.tac(F_r_alone.tokens, F_t.tokens))
         if self.hca is not None: found.append(self.hca(F_r.tokens, F_c.tokens, F_t.tokens, F_c.mask if self.mask_padding else None))
-        return torch.stack(widened(*found))
+        return torch.stack(in_float32(*found))
 
     def encode(self,
         reference: torch.Tensor, # (B, 3, H, W) or (B, N, w)

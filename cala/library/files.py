@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CalaError
+from ..trust import hash_tensors as hash_tensors
+from ..trust import read_bytes
 
 LOCK_NAME = ".cala.lock"
 LOCK_PATIENCE = 1.0  # seconds; a process that was just killed may need a moment to be gone
@@ -47,18 +49,6 @@ def hash_file(
     with open(path, "rb") as file:
         while part := file.read(2**20):
             digest.update(part)
-    return digest.hexdigest()
-
-
-def hash_tensors(
-    tensors: dict,  # name -> tensor of any shape, as a `state_dict` has it
-    text: str = "",  # hashed before the tensors, for example a config
-) -> str:
-    "SHA-256 of a text and of named tensors, in the order of their names."
-    digest = sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(_read_bytes(tensors[name]))
     return digest.hexdigest()
 
 
@@ -86,15 +76,8 @@ def fingerprint_tensors(
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_read_bytes(tensor))
+        digest.update(read_bytes(tensor))
     return digest.hexdigest()
-
-
-def _read_bytes(tensor):
-    "The values of a tensor as an array of bytes, whatever its type and device."
-    import torch  # here, because commands import this module before they need torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 # Files that may change
