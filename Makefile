@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = $(THREADS)
 # Notebooks, or files of tests, that run side by side.
 JOBS    ?= 2
 
-.PHONY: help install hooks demo test test-without-lavis style format types sync notebooks pytest coverage mutants lock \
+.PHONY: help install hooks demo test test-without-lavis style format types words sync notebooks pytest coverage mutants lock \
         prepare outputs lab browser docs clean
 
 help:            ## print this list
@@ -39,6 +39,9 @@ format: install  ## let ruff correct what it can, and lay out notebooks and Pyth
 
 types: install   ## basedpyright on the package
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+words: install   ## words and names that have a better one, in prose and in code
+	$(BIN)/python .ci/words.py --strict
 
 sync: install    ## notebooks, package and README.md agree; outputs are of one run; lock files are within the ranges
 	$(BIN)/python .ci/sync.py

@@ -7,6 +7,7 @@ A mutant is a copy of the project with one wrong line. First the tests that the 
 cells of the module's notebook run, down to the sixth cell below the line.
 """
 
+import ast
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from notebooks import describe_tree
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("cala", "nbs", "tests", "settings.ini", "pyproject.toml")
 CELLS_BELOW = 6  # of the wrong line; they hold its examples
@@ -27,7 +30,7 @@ CELLS_BELOW = 6  # of the wrong line; they hold its examples
 class Mutant(NamedTuple):
     title: str  # what goes wrong
     module: str  # path below cala, without .py
-    right: str  # a part of one line; the module has it once
+    right: str  # an expression or a statement; the module has it once, in any layout
     wrong: str  # what takes its place
     tests: str  # arguments of pytest: a file, and perhaps -k with a name; "" if only the notebook tests the line
 
@@ -71,8 +74,8 @@ MUTANTS = [
     Mutant(
         "ranking: the reference is left in",
         "retrieval",
-        "above -= (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
-        "above -= 0 * (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
+        "(scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
+        "0 * (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
         "tests/test_retrieval.py -k plain_python",
     ),
     Mutant(
@@ -92,8 +95,8 @@ MUTANTS = [
     Mutant(
         "schedule: the cosine climbs back after its end",
         "training",
-        "share = min(1., (epochs - recipe.warmup)",
-        "share = max(0., (epochs - recipe.warmup)",
+        "min(1.0, (epochs - recipe.warmup) / max(1e-9, recipe.max_epoch - recipe.warmup))",
+        "max(0.0, (epochs - recipe.warmup) / max(1e-9, recipe.max_epoch - recipe.warmup))",
         "tests/test_quirks.py -k schedule_released",
     ),
     Mutant(
@@ -114,25 +117,48 @@ def notebook_of(
     return (module.parent / mark[1]).resolve() if mark else None
 
 
+def replace_code(
+    source: str,  # Python
+    right: str,  # an expression or a statement, in any layout
+    wrong: str,
+) -> tuple[str, int]:
+    "The source with `wrong` in each place of `right`, and the number of places."
+    pattern = ast.parse(right).body[0]
+    if isinstance(pattern, ast.Expr):
+        pattern = pattern.value
+    meaning = describe_tree(pattern)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, type(pattern))]
+    nodes = [node for node in nodes if describe_tree(node) == meaning]
+    lines = source.encode().splitlines(keepends=True)  # Python counts columns in bytes
+    starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
+    text = source.encode()
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        text = text[:begin] + wrong.encode() + text[end:]
+    return text.decode(), len(nodes)
+
+
 def make_wrong(
     folder: Path,  # of a copy of the project
     mutant: Mutant,
 ) -> None:
-    "Replace the line in the module and in its notebook. Stops the program if the line is not there once."
+    "Change the module and its notebook. Stops the program if the right code is not there once."
     module = folder / f"cala/{mutant.module}.py"
     text = module.read_text(encoding="utf-8") if module.exists() else ""
-    if text.count(mutant.right) != 1:
-        count = f"{module.relative_to(folder)} has {text.count(mutant.right)} times, not once"
-        sys.exit(f"{count}:\n  {mutant.right}\nCorrect the mutant {mutant.title!r} in .ci/mutate.py")
+    changed, count = replace_code(text, mutant.right, mutant.wrong)
+    if count != 1:
+        message = f"{module.relative_to(folder)} has {count} times, not once:\n  {mutant.right}"
+        sys.exit(f"{message}\nCorrect the mutant {mutant.title!r} in .ci/mutate.py")
     notebook = notebook_of(module)
-    module.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    module.write_text(changed, encoding="utf-8")
     if notebook is None:
         return
     content = json.loads(notebook.read_bytes())
     for cell in content["cells"]:
         source = "".join(cell["source"])
         if "#| export" in source:
-            cell["source"] = source.replace(mutant.right, mutant.wrong)
+            cell["source"], _ = replace_code(source, mutant.right, mutant.wrong)
     notebook.write_text(json.dumps(content), encoding="utf-8")
 
 

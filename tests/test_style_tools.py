@@ -404,9 +404,18 @@ def test_requirements_of_requirements_are_in_the_lock():
 # ---------------------------------------------------------------- mutants
 
 
-def test_every_line_that_a_mutant_changes_is_there_once():
+def test_the_code_that_a_mutant_changes_is_there_once():
     mutate = load_tool("mutate")
     for mutant in mutate.MUTANTS:
         module = ROOT / f"cala/{mutant.module}.py"
-        assert module.read_text(encoding="utf-8").count(mutant.right) == 1, mutant.title
+        changed, count = mutate.replace_code(module.read_text(encoding="utf-8"), mutant.right, mutant.wrong)
+        assert count == 1, mutant.title
+        ast.parse(changed)
         assert mutate.notebook_of(module) is not None
+
+
+def test_code_is_replaced_in_any_layout():
+    replace_code = load_tool("mutate").replace_code
+    source = "é = f(a,\n      1.)  # f(a, 1.0)\nx = f(a, 2)"
+    assert replace_code(source, "f(a, 1.0)", "g()") == ("é = g()  # f(a, 1.0)\nx = f(a, 2)", 1)
+    assert replace_code("if x: return 1.\nreturn 2", "return 1.0", "return 3") == ("if x: return 3\nreturn 2", 1)
