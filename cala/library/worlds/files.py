@@ -1,58 +1,92 @@
-"""Two data sets drawn by program, on disk exactly as CIRR and FashionIQ are published."""
+"""A drawn world lies in a folder of its own. A note in `drawn/` says which world it is, so that it is drawn once."""
+
 import json
 import os
+from collections.abc import Callable
 from operator import index
-
-
+from pathlib import Path
+from typing import Any
 
 from ...errors import CalaError
-from ..files import LOCK_NAME
+from ..files import check_output_folder
+from ..files import lock_folder
+
+FINISHED = "drawn/world.json"
+UNFINISHED = "drawn/unfinished.json"
 
 
-def _write(path, content, indent=None):
-    "`content` as JSON; its folder is made."
+def draw_once(
+    folder: Path,  # of the world
+    record: dict,  # which world: its kind, version and all arguments
+    draw: Callable[[Path, dict], None],  # draws the world of `record` in `folder`
+) -> Path:  # the folder
+    """Draw a world, unless it is there already; `CalaError` if the folder holds anything else.
+
+    A drawing that was killed is not taken for a finished one, and can be started again."""
+    if is_drawn(folder, record):  # no lock is needed: many processes may read at once
+        return folder
+    with lock_folder(folder):
+        try:
+            check_world_folder(folder, record)
+            if not is_drawn(folder, record):
+                write_json(folder / UNFINISHED, record)
+                draw(folder, record)
+                os.replace(folder / UNFINISHED, folder / FINISHED)
+        except (OSError, ValueError) as error:
+            raise CalaError(f"cannot draw in {folder} ({error}); name another folder") from error
+    return folder
+
+
+def is_drawn(
+    folder: Path,  # of the world
+    record: dict,  # which world
+) -> bool:
+    "True if the finished world of `record` is in the folder."
+    try:
+        return json.loads((folder / FINISHED).read_text(encoding="utf-8")) == record
+    except (OSError, ValueError):
+        return False
+
+
+def check_world_folder(
+    folder: Path,  # of the world
+    record: dict,  # which world
+):
+    "`CalaError` if the folder holds anything but the world of `record` or a part of it."
+    notes = [folder / note for note in (FINISHED, UNFINISHED) if (folder / note).exists()]
+    if not notes:
+        check_output_folder(folder, advice="cala did not draw it; name another folder")
+        return
+    other = json.loads(notes[0].read_text(encoding="utf-8"))
+    if other == record:
+        return
+    if not isinstance(other, dict):
+        raise CalaError(f"{notes[0]} is damaged; name another folder or delete this one")
+    differences = [f"{key} {other.get(key)} not {value}" for key, value in record.items() if other.get(key) != value]
+    raise CalaError(f"{folder} holds another world ({', '.join(differences)}); name another folder or delete this one")
+
+
+def write_json(
+    path: Path,  # its folder is made if need be
+    content: Any,  # lists, dicts, texts and numbers
+    indent: int = None,  # None: everything on one line
+):
+    "Write a file of JSON."
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
 
-def _mark(folder, finished):
-    "The note that says which world is in `folder`."
-    return folder / "drawn" / ("world.json" if finished else "unfinished.json")
 
-def _held(folder):
-    "The arguments of the world in `folder`, finished or not; None if it holds none."
-    mark = next((_mark(folder, finished) for finished in (True, False) if _mark(folder, finished).exists()), None)
-    return mark and json.loads(mark.read_text(encoding="utf-8"))
-
-def _refuse(folder, record, held):
-    "`CalaError` if `folder` holds anything but the world of `record` or a part of it."
-    if isinstance(held, dict) and held != record:
-        other = ", ".join(f"{key} {held.get(key)} not {value}" for key, value in record.items() if held.get(key) != value)
-        raise CalaError(f"{folder} holds another world ({other}); name another folder or delete this one")
-    if held != record and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
-        raise CalaError(f"{folder} is not empty and was not drawn by us; name another folder")
-
-def _whole(folder, record):
-    "True if the finished world of `record` is in `folder`. No lock is asked for: many may read at once."
-    try: return _mark(folder, True).exists() and _held(folder) == record
-    except (OSError, ValueError): return False
-
-def _claim(folder, record):
-    "True if the world of `record` is in `folder`, whole. If not, claim the folder for it; `CalaError` if that cannot be."
+def check_number(
+    name: str,  # of the argument, for the error message
+    value: Any,  # what the caller passed
+    low: int,  # the smallest allowed value
+    high: int,  # the largest allowed value
+) -> int:
+    "The value as an int; `CalaError` if it is not a whole number within the bounds."
     try:
-        held = _held(folder)
-        _refuse(folder, record, held)
-        if held == record and _mark(folder, True).exists(): return True
-        _write(_mark(folder, False), record)
-    except (OSError, ValueError) as error: raise CalaError(f"cannot draw in {folder} ({error}); name another folder") from error
-
-def _finish(folder):
-    "All is written: say so in one step."
-    os.replace(_mark(folder, False), _mark(folder, True))
-
-def _counted(name, value, low, high):
-    "`value` as an int within bounds; `CalaError` if it is not."
-    try: number = index(value)
-    except TypeError: number = None
+        number = index(value)
+    except TypeError:
+        number = None
     if number is None or isinstance(value, bool) or not low <= number <= high:
         raise CalaError(f"{name}={value!r} cannot be drawn; give a whole number from {low} to {high}")
     return number
