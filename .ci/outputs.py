@@ -252,7 +252,8 @@ def try_notebook(
     try:
         return True, run_notebook(path, also)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        return False, f"{relative(path)} is unchanged, because it did not run to its end:\n{error}"
+        message = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without the colours of a terminal
+        return False, f"{relative(path)} is unchanged, because it did not run to its end:\n{message}"
 
 
 def run_notebooks(
