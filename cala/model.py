@@ -83,8 +83,8 @@ class CaLa(nn.Module):
         of_hca, of_tac = (hca_weight, tac_weight) if objective == "released" else (alpha, beta)
         self.hca = HingeCrossAttention(dim, hca_dropout) if of_hca else None
         self.tac = TwinAttentionCompositor(dim, class_token=backbone.class_token) if of_tac else None
-        weights = dict(tac_weight=of_tac, hca_weight=of_hca) if objective == "released" else dict(alpha=of_hca, beta=of_tac)
-        self.loss, self.ranks = partial(released if objective == "released" else paper, **weights), 1
+        objective = released if objective == "released" else paper
+        self.loss, self.ranks = partial(objective, w_tbia=of_hca, w_ctr=of_tac), 1
 
     def tokens(self,
         x: torch.Tensor, # pictures (B, 3, H, W), or tokens (B, N, w) that the trunk gave before
@@ -154,7 +154,7 @@ class CaLa(nn.Module):
         z_qtm, z_ctr, z_tbia = self.pairs(vectors, None if gallery is None else others(gallery, at))
         mixed, beyond = z_ctr, z_qtm.shape[1] - z_qtm.shape[0]
         if beyond and z_ctr is not None and self.config["objective"] == "released": mixed = F.pad(z_ctr, (0, beyond))
-        return Losses(self.loss(z_qtm, mixed, z_tbia), *map(diagonal_loss, (z_qtm, z_tbia, z_ctr)))
+        return Losses(self.loss(z_qtm, z_tbia, mixed), *map(diagonal_loss, (z_qtm, z_tbia, z_ctr)))
 
     def losses_everywhere(self,
         vectors: torch.Tensor,        # (k, b, d) of this rank
