@@ -34,7 +34,9 @@ def test_every_exported_cell_has_its_place_in_the_module(name, exported_lines):
     exported = [cell for cell in cells if "export" in getattr(cell, "directives_", {})]
     assert exported
     for cell in exported:
-        file, line = exported_lines[notebook, cell.source.rstrip("\n")]
+        key = (notebook, cell.source.rstrip("\n"))
+        assert key in exported_lines, f"{notebook.name} was changed after its export; run make prepare"
+        file, line = exported_lines[key]
         assert file == str(module)
         first = cell.source.splitlines()[0]
         # nbdev writes imports of the package in another form than the notebook has.
