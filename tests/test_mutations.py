@@ -22,8 +22,8 @@ from cala.data import CIRR
 from cala.data import FashionIQ
 from cala.data import image_transform
 from cala.encoders import make_backbone
-from cala.library.cache.build import cache_tokens
-from cala.library.cache.build import open_tokens
+from cala.library.cache import cache_tokens
+from cala.library.cache import open_tokens
 from cala.model import CaLa
 from cala.library.checkpoint import _sealed as sealed
 from cala.library.checkpoint import save_checkpoint
