@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 
 # %% ../../nbs/library/checkpoint.ipynb #7412e66f
 from ..encoders import make_backbone
-from ..encoders import own_code
+from ..trust import refuse_foreign_code
 from ..errors import CalaError
 from ..model import CaLa
 from .files import write_atomically
@@ -129,7 +129,7 @@ def load_checkpoint(
 ) -> CaLa:               # in evaluation mode
     "The model of a checkpoint."
     said = read_recipe(folder)
-    config = own_code(said["backbone"], folder) | backbone_options
+    config = refuse_foreign_code(said["backbone"], folder) | backbone_options
     try: model = CaLa(make_backbone(**config), **said["model"])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error: raise CalaError(f"{folder} does not fit its recipe ({error}); it may be of another version of cala") from error
     load_weights(model, folder)
