@@ -136,6 +136,28 @@ def test_name_and_weights_come_out_of_the_file(tmp_path):
     assert name == "Artemis" and all(torch.equal(state[key], tensor) for key, tensor in module.state_dict().items())
 
 
+def as_clip(module, extra):
+    "State of a module as the released program's CLIP class saves it, with one layer more."
+    layer = {f"{extra}.weight": torch.randn(DIM, 4 * DIM), f"{extra}.bias": torch.randn(DIM)}
+    return {"epoch": 7, type(module).__name__.replace("BLIP2", "CLIP"): module.state_dict() | layer}
+
+
+@pytest.mark.parametrize("released, extra", [(HingebasedCrossAttentionBLIP2, "fc1"), (TwinAttentionCompositorBLIP2, "fc")])
+def test_a_module_trained_on_scrambled_tokens_needs_the_switch(tmp_path, released, extra):
+    torch.manual_seed(0)
+    blip2 = released().eval()
+    torch.save(as_clip(blip2, extra), tmp_path / "clip.pt")
+    with pytest.raises(CalaError, match="scrambled_tokens=True") as error:
+        load_released(tmp_path / "clip.pt")
+    assert "\n" not in str(error.value)
+    ours = load_released(tmp_path / "clip.pt", scrambled_tokens=True)
+    as_blip2 = load_released(save(tmp_path / "blip2.pt", blip2))
+    weights = ours.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in as_blip2.state_dict().items())
+    assert {name for name in ours.left_out if name.startswith("fc")} == {f"{extra}.weight", f"{extra}.bias"}
+    assert set(weights) - set(as_blip2.state_dict()) == ({"class_token"} if extra == "fc" else set())
+
+
 # What is not such a file
 
 BESIDE = {"beside whole weights": lambda bomb, path, key: torch.save({"epoch": bomb, key: Combiner().state_dict()}, path)}
@@ -170,6 +192,8 @@ OTHERS = {
     "another shape": file({"epoch": 1, "Combiner": {**STATE, "output_layer.bias": torch.ones(3)}}),
     "a scalar for a matrix": file({"epoch": 1, "Combiner": {**STATE, "combiner_layer.weight": torch.ones([])}}),
     "no tensors": file({"epoch": 1, "Artemis": {"Transform_m.0.weight": 3}}),
+    "a name that is no text": file({"epoch": 1, "Artemis": {3: torch.ones(3)}}),
+    "a layer without a number": file({"epoch": 1, "Blip2Qformer": {"Qformer.bert.encoder.layer.x.weight": torch.ones(3)}}),
     "half a qformer": file({"epoch": 1, "Blip2Qformer": {"query_tokens": torch.ones(1, 4, 64), "Qformer.bert.embeddings.word_embeddings.weight": torch.ones(9, 64)}}),
 }
 
