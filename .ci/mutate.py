@@ -1,4 +1,4 @@
-"""Do the tests notice a fault? Ten lines that decide what is learned and reported are made wrong, one after the other.
+"""Do the tests notice a fault? Lines that decide what is learned and reported are made wrong, one after the other.
 
 python .ci/mutate.py           print a table; status 1 if a fault is not noticed, or if a line is no longer there
 python .ci/mutate.py --lines   only check that every line is there, once
@@ -67,30 +67,37 @@ MUTANTS = [
     Mutant(
         "ranking: a tie counts against the target",
         "retrieval",
-        "above, _ = _tally(scores, bar)",
-        "above = sum(_tally(scores, bar)) - 1",
+        "higher.append((part > line).sum(1))",
+        "higher.append((part >= line).sum(1) - 1)",
         "tests/test_retrieval.py -k plain_python",
     ),
     Mutant(
         "ranking: the reference is left in",
         "retrieval",
-        "(scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
-        "0 * (scores.gather(1, exclude[:, None])[:, 0] > bar).long()",
+        "higher = higher - (excluded > bar).sum(1)",
+        "higher = higher - 0 * (excluded > bar).sum(1)",
         "tests/test_retrieval.py -k plain_python",
     ),
     Mutant(
         "ranking: the reference is among its group's candidates",
         "retrieval",
-        "((members > bar) & (groups != references[:, None])).sum(1)",
-        "(members > bar).sum(1)",
+        "rivals = (groups != references[:, None]) & (groups != targets[:, None])",
+        "rivals = groups != targets[:, None]",
         "tests/test_retrieval.py -k sorting_names",
     ),
     Mutant(
         "ranking: R@k is R@(k-1)",
         "retrieval",
-        "(ranks <= k).double().mean()",
-        "(ranks < k).double().mean()",
+        "(k + 1 - ranks).double() / orders",
+        "(k - ranks).double() / orders",
         "tests/test_retrieval.py -k sorting_names",
+    ),
+    Mutant(
+        "ranking: a tie counts for the target",
+        "retrieval",
+        "orders = 1 if ties is None else ties + 1",
+        "orders = 1",
+        "tests/test_retrieval.py -k collapsed_model_reaches",
     ),
     Mutant(
         "schedule: the cosine climbs back after its end",

@@ -272,7 +272,7 @@ def test_an_approximate_index_finds_most_and_all_if_it_looks_everywhere(crowd, t
     from cala.library.gallery import FaissGallery
     ask, truth = crowd[:200] + .1, top_k(Sum(), crowd[:200] + .1, crowd[:200] + .1, crowd, 10).positions
     FaissGallery(crowd, "IVF16,Flat").save(tmp_path / "index")
-    share = lambda looks: (top_k(Sum(), ask, ask, FaissGallery.open(tmp_path / "index", looks), 10).positions[:, :, None] == truth[:, None]).any(2).float().mean()
+    share = lambda looks: (top_k(Sum(), ask, ask, FaissGallery.load(tmp_path / "index", looks), 10).positions[:, :, None] == truth[:, None]).any(2).float().mean()
     assert .5 < share(1) < share(4) and share(16) > .999
 
 
@@ -284,7 +284,7 @@ def test_what_an_index_cannot_do_is_one_line(crowd, tmp_path, monkeypatch):
     with pytest.raises(CalaError, match="cannot choose among"): top_k(Sum(), ask, ask, index, among=torch.zeros(3, 2).long())
     with pytest.raises(CalaError, match="a rank counts every picture"): rank_queries(Sum(), ask, ask, index, torch.arange(3))
     (tmp_path / "bad").write_bytes(b"nonsense")
-    with pytest.raises(CalaError, match="is no FAISS index"): FaissGallery.open(tmp_path / "bad")
+    with pytest.raises(CalaError, match="is no FAISS index"): FaissGallery.load(tmp_path / "bad")
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(CalaError, match="pip install faiss-cpu"): FaissGallery(crowd)
 
@@ -377,13 +377,94 @@ def test_chance_is_what_random_scores_reach(world, model):
     for key in random[0]: assert chance(val)[key] == pytest.approx(sum(r[key] for r in random) / 200, abs=1.5)
 
 
-def test_a_constant_scorer_is_shown_up_by_its_ties(world, model):
+def test_a_collapsed_model_reaches_chance_and_its_ties_are_reported(world, model):
+    "Constant features: every recall is that of guessing, although no picture scores higher than a target."
     val = open_cirr(world, model, "val")
-    flat = embed(model, val, progress=False)
-    flat = flat._replace(gallery=torch.ones_like(flat.gallery))
-    result = measure(Sum(), flat, val)
-    assert result["recall_at1"] == 100 and result["ties"] == len(val)
-    assert (result.ranks["ties"] == len(val.gallery) - 2).all()
+    embedded = embed(model, val, progress=False)
+    embedded = embedded._replace(gallery=embedded.gallery[:1].expand_as(embedded.gallery))
+    with pytest.warns(UserWarning, match="in 60 of 60 queries other pictures have exactly the target's score"):
+        result = measure(Sum(), embedded, val)
+    guessed = chance(val)
+    for key in guessed:
+        assert result[key] == pytest.approx(guessed[key]), key
+    assert result["ties"] == len(val)
+    assert (result["lowest_recall_at1"], result["highest_recall_at1"]) == (0, 100)
+    assert (result["lowest_group_recall_at1"], result["highest_mean"]) == (0, 100)
+    others = len(val.gallery) - 2
+    assert (result.ranks["ties"] == others).all()
+    assert (result.ranks["higher"] == 0).all()
+    assert (result.ranks["rank"] == 1 + others / 2).all()
+    assert (result.ranks["group_rank"] == 3).all()
+
+
+def test_a_model_that_collapses_in_training_is_not_the_best(world, model):
+    val = open_cirr(world, model, "val")
+    embedded = embed(model, val, progress=False)
+    learned = embedded._replace(reference=embedded.gallery[val.targets], text=torch.zeros_like(embedded.text))
+    collapsed = learned._replace(gallery=torch.ones_like(embedded.gallery))
+    with pytest.warns(UserWarning, match="collapsed"):
+        assert measure(Sum(), collapsed, val)["mean"] < measure(Sum(), learned, val)["mean"]
+
+
+def mean_over_orders(scores, targets, k, exclude=None, times=400):
+    "The recall at k where a sort with random numbers decides between tied pictures, as a mean over many sorts."
+    random = torch.Generator().manual_seed(0)
+    if exclude is not None:
+        scores = scores.scatter(1, exclude[:, None], -torch.inf)
+    _, level = scores.unique(return_inverse=True)
+    total = 0
+    for _ in range(times):
+        order = level + torch.rand(scores.shape, generator=random)
+        rank = 1 + (order > order.gather(1, targets[:, None])).sum(1)
+        total += (rank <= k).double().mean()
+    return 100 * float(total) / times
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tied_pictures_count_as_the_mean_over_their_orders(seed):
+    scores, references, targets, groups = problem(seed, Q=120, ties=True)
+    metrics = cirr_metrics(scores, references, targets, groups)
+    assert len(metrics) == 7
+    for k in (1, 5, 10, 50):
+        assert metrics[f"recall_at{k}"] == pytest.approx(mean_over_orders(scores, targets, k, references), abs=1)
+    fashion = fashioniq_metrics(scores, targets)
+    for k in (10, 50):
+        assert fashion[f"recall_at{k}"] == pytest.approx(mean_over_orders(scores, targets, k), abs=1)
+    members = scores.gather(1, groups)
+    column = (groups == targets[:, None]).nonzero()[:, 1]
+    left_out = (groups == references[:, None]).nonzero()[:, 1]
+    for k in (1, 2, 3):
+        expected = mean_over_orders(members, column, k, left_out)
+        assert metrics[f"group_recall_at{k}"] == pytest.approx(expected, abs=1.5)
+
+
+def test_every_seventh_picture_has_a_twin(world, model):
+    "A target with a twin counts half where only the order of the two decides."
+    val = open_cirr(world, model, "val")
+    embedded = embed(model, val, progress=False)
+    twinned = embedded.gallery.clone()
+    twinned[1::7] = twinned[::7][: len(twinned[1::7])]
+    embedded = embedded._replace(gallery=twinned)
+    result = measure(Sum(), embedded, val)
+    table = result.ranks
+    assert set(table["ties"]) == {0, 1} and result["ties"] == (table["ties"] == 1).sum() > 0
+    assert (table["rank"] == 1 + table["higher"] + table["ties"] / 2).all()
+    for prefix, at in (("", (1, 5, 10, 50)), ("group_", (1, 2, 3))):
+        for k in at:
+            best = 100 * (table[f"{prefix}higher"] < k).mean()
+            worst = 100 * (table[f"{prefix}higher"] + table[f"{prefix}ties"] < k).mean()
+            key = f"{prefix}recall_at{k}"
+            assert result[key] == pytest.approx((best + worst) / 2)
+            bounds = (worst, best) if best - worst > 0.05 else (None, None)
+            assert (result.get(f"lowest_{key}"), result.get(f"highest_{key}")) == bounds
+
+
+def test_without_ties_a_result_has_no_bounds_and_recalls_count_ranks(world, model):
+    val = open_cirr(world, model, "val")
+    result = evaluate(model, val, progress=False)
+    assert result["ties"] == 0 and not [key for key in result if key.startswith(("lowest", "highest"))]
+    for k in (1, 5, 10, 50):
+        assert result[f"recall_at{k}"] == pytest.approx(100 * (result.ranks["rank"] <= k).mean())
 
 
 @pytest.fixture

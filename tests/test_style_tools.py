@@ -16,7 +16,6 @@ UNTYPED: set[str] = {
     "cala/backbones/clip.py",
     "cala/backbones/contract.py",
     "cala/data.py",
-    "cala/encoders.py",
     "cala/library/atlas.py",
     "cala/library/checkpoint.py",
     "cala/library/cli.py",
@@ -24,7 +23,6 @@ UNTYPED: set[str] = {
     "cala/library/loading.py",
     "cala/library/probes.py",
     "cala/library/processes.py",
-    "cala/library/released.py",
     "cala/library/run.py",
     "cala/library/show/cards.py",
     "cala/library/show/curves.py",
@@ -40,7 +38,6 @@ UNTYPED: set[str] = {
     "cala/scripts/benchmark.py",
     "cala/scripts/check.py",
     "cala/scripts/combiner.py",
-    "cala/scripts/search.py",
     "cala/scripts/validate.py",
     "cala/training.py",
 }
