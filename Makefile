@@ -59,7 +59,7 @@ pytest: install  ## what notebooks should not hold: whole commands, parity, cras
 coverage:        ## what notebooks and tests of the last run left out: files below 80%, and the total
 	@$(BIN)/python .ci/cover.py report
 
-mutants: install ## ten lines of losses, ranking and schedule made wrong: do the tests notice?
+mutants: install ## lines of losses, ranking and schedule made wrong: do the tests notice?
 	$(BIN)/python .ci/mutate.py
 
 lock: install    ## after the tests have passed: write the exact versions of this environment, for this Python
