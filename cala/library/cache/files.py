@@ -29,7 +29,6 @@ from ..files import fingerprint_bytes
 from ..files import fingerprint_tensors
 from ..files import is_unchanged
 from ..files import make_output_folder
-from ..files import mark_file
 from ..files import write_atomically
 
 DTYPES = ("float16", "float32")
@@ -253,6 +252,3 @@ def find_cache(
         text = f"{place} is not finished, {len(unfinished):,} of {len(gallery):,} pictures are to do"
         raise CalaError(f"{text}; go on with cala-cache (several machines need one folder that all of them see)")
     return place
-
-
-describe, mark_of = describe_transform, mark_file  # old names
