@@ -25,7 +25,7 @@ from cala.encoders import make_backbone
 from cala.library.cache import cache_tokens
 from cala.library.cache import open_tokens
 from cala.model import CaLa
-from cala.library.checkpoint import _sealed as sealed
+from cala.library.checkpoint import seal as sealed
 from cala.library.checkpoint import save_checkpoint
 from cala.library.submission import submission_faults
 from cala.scripts import check

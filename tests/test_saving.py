@@ -16,7 +16,7 @@ from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import save_backbone
 from cala.model import CaLa
-from cala.library.checkpoint import checkpoint_folder
+from cala.library.files import find_whole_folder
 from cala.library.checkpoint import load_checkpoint
 from cala.library.checkpoint import read_recipe
 from cala.library.checkpoint import save_checkpoint
@@ -110,10 +110,10 @@ def test_a_disk_that_is_full_at_any_moment_of_a_save_leaves_the_checkpoint_befor
         assert said == f"cannot save {folder}: No space left on device; what was saved there before is whole; make room and go on"
         assert read_recipe(folder, "state.pt")["metrics"] == dict(epoch=1)
         assert all(map(torch.equal, load_checkpoint(folder).state_dict().values(), one.state_dict().values()))
-        assert [path for path in folder.parent.iterdir()] == [checkpoint_folder(folder)]  # no part is left to fill the disk
+        assert [path for path in folder.parent.iterdir()] == [find_whole_folder(folder)]  # no part is left to fill the disk
         save_checkpoint(three, folder, metrics=dict(epoch=3))                        # with room again it goes on
         assert read_recipe(folder)["metrics"] == dict(epoch=3) and os.listdir(folder.parent) == ["best"]
-    assert set(hits) == {"mkdir", "write", "fsync", "replace", "rename"} and len(hits) == 1 + 3 * 3 + 2
+    assert set(hits) == {"mkdir", "write", "fsync", "rename"} and len(hits) == 1 + 3 * 2 + 2
 
 
 def test_a_file_that_the_system_does_not_let_grow_leaves_the_checkpoint_before_whole(tmp_path):
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_file_and_a_checkpoint_t
     DAMAGE[damage](tmp_path / "run/last" / name)
     line = refused(capsys, train, world, tmp_path / "run", "--resume", tmp_path / "run")
     best = read_recipe(finished / "best")["metrics"]["epoch"]
-    assert name in line and line.endswith(f"; whole is {tmp_path / 'run/best'} (epoch {best})")
+    assert name in line and line.endswith(f"; intact is {tmp_path / 'run/best'} (epoch {best})")
     flags = ["--data-root", world, "--dataset", "CIRR", "--device", "cpu", "--output", tmp_path / "out"]
     judge = lambda folder: run_command(validate.main.__wrapped__, [str(word) for word in ["--checkpoint", folder, *flags]], prog="cala-validate")
     if name != "state.pt" and damage in ("one bit", "not there"): assert name in refused(capsys, judge, tmp_path / "run/last")

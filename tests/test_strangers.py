@@ -18,8 +18,8 @@ from cala.encoders import load_backbone
 from cala.encoders import make_backbone
 from cala.encoders import save_backbone
 from cala.model import CaLa
-from cala.library.checkpoint import _sealed as sealed
-from cala.library.checkpoint import _sha256 as sha256
+from cala.library.checkpoint import seal as sealed
+from cala.library.files import hash_bytes as sha256
 from cala.library.checkpoint import load_checkpoint
 from cala.library.checkpoint import save_checkpoint
 from cala.scripts import check
