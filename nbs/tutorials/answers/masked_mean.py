@@ -1,3 +1,3 @@
 def masked_mean(tokens, mask):
-    real = mask[..., None].float()                       # (B, L, 1)
+    real = mask[..., None].float()  # (B, L, 1)
     return (tokens * real).sum(1) / real.sum(1)

@@ -1,3 +1,3 @@
 def subset_rank(scores, reference, target, group):
-    others = group[group != reference]                   # five, the target among them
+    others = group[group != reference]  # five, with the target among them
     return 1 + (scores[others] > scores[target]).sum()

@@ -1,4 +1,5 @@
 def twin(attend, reference, target):
-    seen = target
-    for _ in range(4): seen = attend(reference, seen)    # the question stays, what is looked at changes
-    return seen[0]
+    tokens = target
+    for _ in range(4):
+        tokens = attend(reference, tokens)  # the queries stay the same, the tokens change
+    return tokens[0]
