@@ -1,37 +1,41 @@
-"Files that the released program and CLIP4Cir saved: {'epoch': int, <class name>: state dict}, read without running them."
+"Files of the released program and of CLIP4Cir, {'epoch': int, <class name>: weights}, read without executing them."
+
 import io
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from hostile import BOMBS, Bomb
 from torch import nn
 
 from cala.backbones.clip import find_architecture
 from cala.backbones.clip import open_model
 from cala.backbones.clip import shrink
-from cala.errors import CalaError
 from cala.encoders import make_backbone
-from cala.model import CaLa
+from cala.errors import CalaError
 from cala.library.released import load_released
 from cala.library.released import read_released
+from cala.model import CaLa
 from cala.qformer import QFormer
+from hostile import BOMBS
+from hostile import Bomb
 
 DIM = 64
 
 
-# The released modules, written out once more under the names of their weights (house.md); formulas of method.md, sections 3 and 4
+# The released modules under the names of their weights, written anew from their formulas.
+
 
 class HingebasedCrossAttentionBLIP2(nn.Module):
     def __init__(self, dim=DIM):
         super().__init__()
         for bank in "12":
-            for name in ("query_ref", "key_text", "key_tar", "value"): setattr(self, name + bank, nn.Linear(dim, dim))
+            for name in ("query_ref", "key_text", "key_tar", "value"):
+                setattr(self, name + bank, nn.Linear(dim, dim))
 
     def forward(self, reference, text, target):
-        links = self.query_ref1(reference) @ self.key_text1(text).transpose(1, 2) / DIM ** .5
-        bridge = self.key_text1(text) @ self.key_tar1(target).transpose(1, 2) / DIM ** .5
+        links = self.query_ref1(reference) @ self.key_text1(text).transpose(1, 2) / DIM**0.5
+        bridge = self.key_text1(text) @ self.key_tar1(target).transpose(1, 2) / DIM**0.5
         return ((links @ bridge).softmax(-1) @ self.value1(target))[:, 0]
 
 
@@ -58,14 +62,23 @@ class Attention(nn.Module):
 class Artemis(nn.Module):
     def __init__(self, dim=DIM):
         super().__init__()
-        self.Transform_m, self.Attention_EM, self.Attention_IS = nn.Sequential(nn.Linear(dim, dim)), Attention(), Attention()
+        self.Transform_m, self.Attention_EM, self.Attention_IS = (
+            nn.Sequential(nn.Linear(dim, dim)),
+            Attention(),
+            Attention(),
+        )
         self.temperature = nn.Parameter(torch.tensor([2.65926]))
 
     def forward(self, reference, text, targets):
         explicit, implicit = self.Attention_EM.attention(text), self.Attention_IS.attention(text)
         wanted = F.normalize(self.Transform_m(text), dim=-1)
-        rows = [(wanted * F.normalize(explicit * target, dim=-1) + F.normalize(implicit * reference, dim=-1) * F.normalize(implicit * target, dim=-1)).sum(-1)
-                for target in targets]
+        rows = [
+            (
+                wanted * F.normalize(explicit * target, dim=-1)
+                + F.normalize(implicit * reference, dim=-1) * F.normalize(implicit * target, dim=-1)
+            ).sum(-1)
+            for target in targets
+        ]
         return torch.stack(rows, 1)
 
 
@@ -74,7 +87,9 @@ class Combiner(nn.Module):
         super().__init__()
         self.text_projection_layer, self.image_projection_layer = nn.Linear(dim, projection), nn.Linear(dim, projection)
         self.combiner_layer, self.output_layer = nn.Linear(2 * projection, hidden), nn.Linear(hidden, dim)
-        self.dynamic_scalar = nn.Sequential(nn.Linear(2 * projection, hidden), nn.ReLU(), nn.Dropout(.5), nn.Linear(hidden, 1), nn.Sigmoid())
+        self.dynamic_scalar = nn.Sequential(
+            nn.Linear(2 * projection, hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, 1), nn.Sigmoid()
+        )
 
     def forward(self, reference, text, targets):
         both = torch.cat([self.text_projection_layer(text).relu(), self.image_projection_layer(reference).relu()], -1)
@@ -89,28 +104,51 @@ def save(path, module, name=None, **beside):
     return path
 
 
-def tokens(*lengths): return [torch.randn(4, length, DIM) for length in lengths]
-def features(): return torch.randn(4, DIM), torch.randn(4, DIM), torch.randn(9, DIM)
+def tokens(*lengths):
+    return [torch.randn(4, length, DIM) for length in lengths]
 
 
-@pytest.mark.parametrize("released, inputs", [(HingebasedCrossAttentionBLIP2, lambda: tokens(32, 9, 32)), (TwinAttentionCompositorBLIP2, lambda: tokens(32, 32)),
-                                              (Artemis, features), (Combiner, features)])
+def features():
+    return torch.randn(4, DIM), torch.randn(4, DIM), torch.randn(9, DIM)
+
+
+@pytest.mark.parametrize(
+    "released, inputs",
+    [
+        (HingebasedCrossAttentionBLIP2, lambda: tokens(32, 9, 32)),
+        (TwinAttentionCompositorBLIP2, lambda: tokens(32, 32)),
+        (Artemis, features),
+        (Combiner, features),
+    ],
+)
 def test_a_released_module_computes_the_same_from_its_file(tmp_path, released, inputs):
     torch.manual_seed(0)
-    theirs, given = released().eval(), inputs()
-    ours = load_released(save(tmp_path / "saved.pt", theirs)).eval()
-    torch.testing.assert_close(getattr(ours, "scores", ours)(*given), theirs(*given), atol=1e-5, rtol=1e-5)
+    expected, given = released().eval(), inputs()
+    ours = load_released(save(tmp_path / "saved.pt", expected)).eval()
+    torch.testing.assert_close(getattr(ours, "scores", ours)(*given), expected(*given), atol=1e-5, rtol=1e-5)
 
 
 def test_a_released_blip2_is_read_with_its_trunk_and_heads_left_out(tmp_path):
     torch.manual_seed(0)
-    theirs = QFormer(width=128, layers=3, heads=2, queries=5, vision_width=40, vocabulary=60, positions=20, dropout=0.).eval()
-    rest = {"visual_encoder.conv1.weight": torch.ones(4, 3, 2, 2), "Qformer.cls.predictions.bias": torch.ones(60), "vision_proj.weight": torch.ones(8, 128),
-            "text_proj.weight": torch.ones(8, 128), "itm_head.weight": torch.ones(2, 128), "temp": torch.ones([])}
-    torch.save({"epoch": 2, "Blip2Qformer": {**theirs.state_dict(), **rest}}, tmp_path / "blip2_visual.pt")
+    expected = QFormer(
+        width=128, layers=3, heads=2, queries=5, vision_width=40, vocabulary=60, positions=20, dropout=0.0
+    ).eval()
+    rest = {
+        "visual_encoder.conv1.weight": torch.ones(4, 3, 2, 2),
+        "Qformer.cls.predictions.bias": torch.ones(60),
+        "vision_proj.weight": torch.ones(8, 128),
+        "text_proj.weight": torch.ones(8, 128),
+        "itm_head.weight": torch.ones(2, 128),
+        "temp": torch.ones([]),
+    }
+    torch.save({"epoch": 2, "Blip2Qformer": {**expected.state_dict(), **rest}}, tmp_path / "blip2_visual.pt")
     ours, picture = load_released(tmp_path / "blip2_visual.pt").eval(), torch.randn(2, 6, 40)
     ids, mask = torch.randint(1, 60, (2, 7)), torch.ones(2, 7, dtype=torch.long)
-    for given, want in ((ours.image(picture), theirs.image(picture)), (ours.text(ids, mask), theirs.text(ids, mask)), (ours.query(picture, ids, mask), theirs.query(picture, ids, mask))):
+    for given, want in (
+        (ours.image(picture), expected.image(picture)),
+        (ours.text(ids, mask), expected.text(ids, mask)),
+        (ours.query(picture, ids, mask), expected.query(picture, ids, mask)),
+    ):
         torch.testing.assert_close(given, want)
 
 
@@ -118,16 +156,27 @@ def test_a_tuned_clip_and_its_combiner_rank_as_clip4cir_ranks(tmp_path):
     torch.manual_seed(0)
     architecture = dict(shrink(find_architecture("RN50x4")), quick_gelu=True)
     clip, combiner = open_model("RN50x4", architecture, {}), Combiner().eval()
-    save(tmp_path / "tuned_clip_best.pt", clip, "CLIP"); save(tmp_path / "combiner.pt", combiner)
+    save(tmp_path / "tuned_clip_best.pt", clip, "CLIP")
+    save(tmp_path / "combiner.pt", combiner)
 
-    model = CaLa(make_backbone("clip", weights=tmp_path / "tuned_clip_best.pt", architecture=architecture), tac_weight=0., hca_weight=0.)
+    model = CaLa(
+        make_backbone("clip", weights=tmp_path / "tuned_clip_best.pt", architecture=architecture),
+        tac_weight=0.0,
+        hca_weight=0.0,
+    )
     model.frame = load_released(tmp_path / "combiner.pt")
     model.eval()
-    references, targets, captions = torch.randn(3, 3, 96, 96), torch.randn(5, 3, 96, 96), ["make it red", "two stars", "longer sleeves"]
+    references, targets, captions = (
+        torch.randn(3, 3, 96, 96),
+        torch.randn(5, 3, 96, 96),
+        ["make it red", "two stars", "longer sleeves"],
+    )
     with torch.no_grad():
         ours = model.frame.scores(*model.embed_queries(references, captions), model.embed_gallery(targets))
-        theirs = combiner(clip.encode_image(references), clip.encode_text(open_clip.tokenize(captions)), clip.encode_image(targets))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+        expected = combiner(
+            clip.encode_image(references), clip.encode_text(open_clip.tokenize(captions)), clip.encode_image(targets)
+        )
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_name_and_weights_come_out_of_the_file(tmp_path):
@@ -142,7 +191,9 @@ def as_clip(module, extra):
     return {"epoch": 7, type(module).__name__.replace("BLIP2", "CLIP"): module.state_dict() | layer}
 
 
-@pytest.mark.parametrize("released, extra", [(HingebasedCrossAttentionBLIP2, "fc1"), (TwinAttentionCompositorBLIP2, "fc")])
+@pytest.mark.parametrize(
+    "released, extra", [(HingebasedCrossAttentionBLIP2, "fc1"), (TwinAttentionCompositorBLIP2, "fc")]
+)
 def test_a_module_trained_on_scrambled_tokens_needs_the_switch(tmp_path, released, extra):
     torch.manual_seed(0)
     blip2 = released().eval()
@@ -160,56 +211,85 @@ def test_a_module_trained_on_scrambled_tokens_needs_the_switch(tmp_path, release
 
 # What is not such a file
 
-BESIDE = {"beside whole weights": lambda bomb, path, key: torch.save({"epoch": bomb, key: Combiner().state_dict()}, path)}
+BESIDE = {
+    "beside whole weights": lambda bomb, path, key: torch.save({"epoch": bomb, key: Combiner().state_dict()}, path)
+}
 
 
 @pytest.mark.parametrize("form", BOMBS | BESIDE)
 def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path, form):
     (BOMBS | BESIDE)[form](Bomb(tmp_path / "exploded"), tmp_path / "combiner.pt", "Combiner")
-    with pytest.raises(CalaError) as said: load_released(tmp_path / "combiner.pt")
-    assert "combiner.pt" in str(said.value) and "\n" not in str(said.value) and not (tmp_path / "exploded").exists()
+    with pytest.raises(CalaError) as error:
+        load_released(tmp_path / "combiner.pt")
+    assert "combiner.pt" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "exploded").exists()
 
 
 def test_a_whole_module_instead_of_its_weights_is_refused(tmp_path):
     torch.save({"epoch": 1, "Linear": nn.Linear(2, 2)}, tmp_path / "module.pt")
-    with pytest.raises(CalaError, match="module.pt"): load_released(tmp_path / "module.pt")
+    with pytest.raises(CalaError, match="module.pt"):
+        load_released(tmp_path / "module.pt")
 
 
 def file(content):
-    buffer = io.BytesIO(); torch.save(content, buffer)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 
 STATE = Combiner().state_dict()
 OTHERS = {
-    "empty": b"", "words": b"hello world", "page": b"<html>404</html>", "zip": b"PK\x03\x04nothing", "half": file({"epoch": 1, "Combiner": STATE})[:3000],
-    "list": file([STATE]), "nothing": file({}), "epoch alone": file({"epoch": 3}), "bare weights": file(STATE), "tensor": file(torch.ones(3)),
-    "two classes": file({"epoch": 1, "Combiner": STATE, "Artemis": STATE}), "another class": file({"epoch": 1, "Bert": STATE}),
-    "a number as class": file({"epoch": 1, 5: STATE}), "the clip side": file({"epoch": 1, "TwinAttentionCompositorCLIP": STATE}),
-    "empty weights": file({"epoch": 1, "Combiner": {}}), "weights of another": file({"epoch": 1, "Artemis": STATE}),
+    "empty": b"",
+    "words": b"hello world",
+    "page": b"<html>404</html>",
+    "zip": b"PK\x03\x04nothing",
+    "half": file({"epoch": 1, "Combiner": STATE})[:3000],
+    "list": file([STATE]),
+    "nothing": file({}),
+    "epoch alone": file({"epoch": 3}),
+    "bare weights": file(STATE),
+    "tensor": file(torch.ones(3)),
+    "two classes": file({"epoch": 1, "Combiner": STATE, "Artemis": STATE}),
+    "another class": file({"epoch": 1, "Bert": STATE}),
+    "a number as class": file({"epoch": 1, 5: STATE}),
+    "the clip side": file({"epoch": 1, "TwinAttentionCompositorCLIP": STATE}),
+    "empty weights": file({"epoch": 1, "Combiner": {}}),
+    "weights of another": file({"epoch": 1, "Artemis": STATE}),
     "one missing": file({"epoch": 1, "Combiner": {key: STATE[key] for key in list(STATE)[1:]}}),
     "one too many": file({"epoch": 1, "Combiner": {**STATE, "fc1.weight": torch.ones(3)}}),
     "another shape": file({"epoch": 1, "Combiner": {**STATE, "output_layer.bias": torch.ones(3)}}),
     "a scalar for a matrix": file({"epoch": 1, "Combiner": {**STATE, "combiner_layer.weight": torch.ones([])}}),
     "no tensors": file({"epoch": 1, "Artemis": {"Transform_m.0.weight": 3}}),
     "a name that is no text": file({"epoch": 1, "Artemis": {3: torch.ones(3)}}),
-    "a layer without a number": file({"epoch": 1, "Blip2Qformer": {"Qformer.bert.encoder.layer.x.weight": torch.ones(3)}}),
-    "half a qformer": file({"epoch": 1, "Blip2Qformer": {"query_tokens": torch.ones(1, 4, 64), "Qformer.bert.embeddings.word_embeddings.weight": torch.ones(9, 64)}}),
+    "a layer without a number": file(
+        {"epoch": 1, "Blip2Qformer": {"Qformer.bert.encoder.layer.x.weight": torch.ones(3)}}
+    ),
+    "half a qformer": file(
+        {
+            "epoch": 1,
+            "Blip2Qformer": {
+                "query_tokens": torch.ones(1, 4, 64),
+                "Qformer.bert.embeddings.word_embeddings.weight": torch.ones(9, 64),
+            },
+        }
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_any_other_file_is_one_line_with_its_name(tmp_path, kind):
     (tmp_path / "given.pt").write_bytes(OTHERS[kind])
-    with pytest.raises(CalaError) as said: load_released(tmp_path / "given.pt")
-    assert "given.pt" in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 600
+    with pytest.raises(CalaError) as error:
+        load_released(tmp_path / "given.pt")
+    assert "given.pt" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     for place in (tmp_path / "absent.pt", tmp_path):
-        with pytest.raises(CalaError, match="no file"): load_released(place)
+        with pytest.raises(CalaError, match="no file"):
+            load_released(place)
 
 
 def test_a_tuned_clip_is_no_module_of_ours(tmp_path):
     torch.save({"epoch": 1, "CLIP": {"logit_scale": torch.ones([])}}, tmp_path / "tuned_clip_best.pt")
-    with pytest.raises(CalaError, match="holds a CLIP"): load_released(tmp_path / "tuned_clip_best.pt")
+    with pytest.raises(CalaError, match="holds a CLIP"):
+        load_released(tmp_path / "tuned_clip_best.pt")
