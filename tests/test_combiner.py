@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from cala.library.cli import parse_flags
+from cala.library.flags import CombinerRecipe
 from cala.library.cli import run_command
 from cala.composition import Combiner
 from cala.data import open_dataset
 from cala.encoders import load_backbone
 from cala.model import CaLa
 from cala.library.checkpoint import load_checkpoint
+from cala.library.combiner import PICTURE_ALONE
+from cala.library.combiner import TextFeatures
 from cala.library.released import load_released
 from cala.library.checkpoint import read_recipe
 from cala.library.checkpoint import save_checkpoint
@@ -63,7 +66,7 @@ def same(row, result):
 @pytest.mark.parametrize("more", [["--dataset", "CIRR"], ["--dataset", "FashionIQ"], ["--dataset", "FashionIQ", "--protocol", "val", "--categories", "dress"]])
 def test_a_checkpoint_of_it_reaches_in_cala_validate_what_its_log_says(world, tmp_path, capsys, more):
     run(world, tmp_path / "run", "--checkpoint", world / "sum", "--num-epochs", 3, "--learning-rate", "1e-3", *more)
-    assert f"judge it by cala-validate --checkpoint {tmp_path / 'run/best'}" in capsys.readouterr().out
+    assert f"evaluate it with cala-validate --checkpoint {tmp_path / 'run/best'}" in capsys.readouterr().out
     same(best_row(tmp_path / "run"), judged(world, tmp_path / "judged", "--checkpoint", tmp_path / "run/best", *more[2:]))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "log.csv", "metrics.csv"]  # a Q-Former's own query would not fit
     assert list(pd.read_csv(tmp_path / "run/log.csv").columns) == ["epoch", "loss"] and len(pd.read_csv(tmp_path / "run/metrics.csv")) == 3
@@ -100,7 +103,7 @@ def test_only_the_combiner_trains_and_its_first_loss_is_that_of_the_formula(worl
 def test_a_sentence_goes_through_the_backbone_once_in_all_epochs_and_texts_are_those_of_the_data_set(world, monkeypatch):
     data = open_dataset("FashionIQ", world, "train", load_backbone(world / "small.safetensors").transform("plain"))
     model, read = CaLa(load_backbone(world / "small.safetensors"), tac_weight=0., hca_weight=0.), []
-    sentences = combiner.Sentences(model, 7)
+    sentences = TextFeatures(model, 7)
     monkeypatch.setattr(model.backbone, "text", lambda captions, text=model.backbone.text: (read.extend(captions), text(captions))[1])
     for epoch in range(1, 9):
         data.set_epoch(epoch)
@@ -124,11 +127,11 @@ def test_it_goes_on_from_a_combiner_that_is_given(world, tmp_path):
     run(world, tmp_path / "third", "--checkpoint", world / "sum", "--num-epochs", 1)
     run(world, tmp_path / "fourth", "--checkpoint", tmp_path / "third/best", "--combiner-path", tmp_path / "third/best", "--num-epochs", 1)
     config = load_checkpoint(tmp_path / "fourth/best").backbone.config
-    assert config["name"] == combiner.ALONE and config["of"]["name"] == "tiny" and not (tmp_path / "fourth/combiner.pt").exists()
+    assert config["name"] == PICTURE_ALONE and config["of"]["name"] == "tiny" and not (tmp_path / "fourth/combiner.pt").exists()
 
 
 def test_defaults_are_the_seeds():
-    flags = parse_flags(combiner.CombinerRecipe, "--dataset FashionIQ --projection-dim 2560 --hidden-dim 5120 --clip-model-name RN50x4 --clip-model-path tuned.pt "
+    flags = parse_flags(CombinerRecipe, "--dataset FashionIQ --projection-dim 2560 --hidden-dim 5120 --clip-model-name RN50x4 --clip-model-path tuned.pt "
                         "--target-ratio 1.25 --transform targetpad".split())
     assert (flags.batch_size, flags.learning_rate, flags.projection_dim, flags.hidden_dim, flags.transform) == (4096, 2e-5, 2560, 5120, "targetpad")
 
@@ -136,7 +139,7 @@ def test_defaults_are_the_seeds():
 def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys):
     says = lambda *more, output=tmp_path / "out": refused(capsys, world, output, "--dataset", "CIRR", "--checkpoint", world / "sum", *more)
     assert "there are CIRR and FashionIQ" in says("--dataset", "COCO")
-    assert "which data set" in refused(capsys, world, tmp_path / "out", *CLIP)
+    assert "no data set is named" in refused(capsys, world, tmp_path / "out", *CLIP)
     assert "no folder" in says("--data-root", tmp_path / "nowhere")
     assert "is no checkpoint" in says("--checkpoint", tmp_path)
     assert "name two models" in says("--clip-model-name", "RN50x4")

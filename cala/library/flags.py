@@ -1,0 +1,173 @@
+"""The flags by which commands name a model and say how pictures are read. This module loads without torch.
+
+`cala.library.loading` makes a model from these flags.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CalaError
+from ..recipe import CACHE_DTYPES
+from ..recipe import CACHES
+from .cli import spell_flag
+
+PRECISIONS = ("no", "bf16", "fp16")
+# The flag for each of BLIP-2's three Q-Formers, by its role.
+BLIP2_ROLES = {"textual": "blip2_textual_path", "multimodal": "blip2_multimodal_path", "visual": "blip2_visual_path"}
+# The flags that say where a model comes from.
+SOURCES = {
+    "checkpoint": ("checkpoint",),
+    "blip2": tuple(BLIP2_ROLES.values()),
+    "clip": ("clip_model_name", "clip_model_path"),
+}
+
+
+@dataclass
+class ModelFlags:
+    "Which model."
+
+    checkpoint: str = None  # folder that cala-train wrote (best or last)
+    combining_function: str = None  # sum, artemis or combiner; None: the checkpoint's, or sum
+    combiner_path: str = None  # weights of Combiner or ARTEMIS: the released program's file, or a checkpoint folder
+    projection_dim: int = None  # Combiner: checked against its file; may be left out
+    hidden_dim: int = None  # Combiner: checked against its file; may be left out
+    clip_model_name: str = None  # open_clip model; RN50x4 for --clip-model-path alone
+    clip_model_path: str = None  # fine-tuned CLIP weights
+    blip2_textual_path: str = None  # BLIP-2: E_c, the released program's file or a checkpoint folder
+    blip2_multimodal_path: str = None  # BLIP-2: E_m, likewise
+    blip2_visual_path: str = None  # BLIP-2: E_t, likewise
+    backbone_weights: str = None  # where this machine keeps the published weights
+    tokenizer: str = None  # BLIP-2: folder or vocab.txt of bert-base-uncased
+    random_weights: str = None  # small or full: random backbone, for tests and lessons
+
+
+@dataclass
+class DataFlags(ModelFlags):
+    "Which model, and how pictures are read."
+
+    data_root: str = "."  # folder that holds cirr_dataset or fashionIQ_dataset
+    transform: str = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
+    target_ratio: float = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
+    batch_size: int = 64  # pictures, or queries, at a time
+    num_workers: int = 0  # processes that decode pictures
+    device: str = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
+    precision: str = "no"  # no (float32), bf16 or fp16
+    cache: str = "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
+    cache_dir: str = None  # where caches are; None: .cala_cache in the data root
+    cache_dtype: str = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+
+
+def find_source(
+    flags: ModelFlags,
+) -> str:  # checkpoint, blip2 or clip
+    "Where the model comes from; contradictory or missing flags raise `CalaError`."
+    given = {source: [name for name in names if getattr(flags, name) is not None] for source, names in SOURCES.items()}
+    sources = [source for source in given if given[source]]
+    if len(sources) > 1:
+        names = " and ".join(spell_flag(given[source][0]) for source in sources)
+        raise CalaError(f"{names} name two models; give one of them")
+    if not sources:
+        if flags.random_weights:
+            return "clip"
+        raise CalaError(
+            "no model is named; give --checkpoint, the three --blip2-...-path, or --clip-model-name (RN50x4 ...)"
+        )
+    source = sources[0]
+    missing = [spell_flag(name) for name in SOURCES["blip2"] if name not in given["blip2"]]
+    if source == "blip2" and missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise CalaError(f"BLIP-2 has three Q-Formers: {', '.join(missing)} {verb} missing")
+    if source == "checkpoint" and flags.random_weights:
+        raise CalaError("--checkpoint has weights of its own; leave out --random-weights")
+    return source
+
+
+def check_data_flags(
+    flags: DataFlags,
+):
+    "Raise `CalaError` for an impossible value."
+    for name in ("batch_size", "target_ratio"):
+        if not getattr(flags, name) > 0:
+            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give a number above 0")
+    if flags.num_workers < 0:
+        raise CalaError(f"--num-workers {flags.num_workers}: give 0 or more")
+    choices = {"precision": PRECISIONS, "cache": CACHES, "cache_dtype": CACHE_DTYPES}
+    for name, values in choices.items():
+        if getattr(flags, name) not in values:
+            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: choose one of {', '.join(values)}")
+
+
+@dataclass
+class CombinerRecipe(DataFlags):
+    "Train the Combiner on the frozen features of a model."
+
+    dataset: str = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
+    protocol: str = "original"  # FashionIQ's validation gallery: original or val
+    categories: str = "dress,shirt,toptee"  # FashionIQ: which, separated by commas
+    allow_missing: bool = False  # continue although pictures are missing; every result says how many
+    num_epochs: int = 300  # passes over the features
+    batch_size: int = 4096  # triplets a step; all of them if there are fewer
+    feature_batch: int = 64  # pictures, or sentences, at a time while features are computed
+    learning_rate: float = 2e-5  # Adam's
+    weight_decay: float = 0.0  # AdamW's; 0 is Adam
+    seed: int = 0  # of weights, order and dropout
+    validation_frequency: int = 1  # validate every so many epochs
+    output: str = None  # an empty folder or a new one; None: runs/<dataset>-combiner
+
+
+COMBINER_MINIMUM = {"num_epochs": 1, "feature_batch": 1, "validation_frequency": 1, "weight_decay": 0, "seed": 0}
+
+
+def check_combiner_recipe(
+    recipe: CombinerRecipe,  # with the flags that were left out filled in
+):
+    "Raise `CalaError` for what cannot be trained."
+    if not recipe.dataset:
+        raise CalaError(
+            "no data set is named; give --dataset CIRR or --dataset FashionIQ, "
+            "and the model as --checkpoint or --clip-model-path"
+        )
+    if recipe.combining_function not in (None, "combiner"):
+        name = recipe.combining_function
+        raise CalaError(f"--combining-function {name}: this command trains a combiner; leave the flag out")
+    if not recipe.learning_rate > 0:
+        raise CalaError(f"--learning-rate {recipe.learning_rate}: give a number above 0")
+    for name, minimum in COMBINER_MINIMUM.items():
+        if not getattr(recipe, name) >= minimum:
+            raise CalaError(f"{spell_flag(name)} {getattr(recipe, name)}: give {minimum} or more")
+
+
+ABLATION_PARTS = ("table", "reasons", "regimes", "scale", "slice")
+ABLATION_WORLDS = ("cirr", "fashioniq")
+
+
+@dataclass
+class Ablation:
+    "Many short trainings that differ in one thing each; a CSV row a run."
+
+    parts: str = "table,reasons,regimes,scale"  # some of these, separated by commas; slice: a few arms, in minutes
+    worlds: str = "cirr,fashioniq"  # drawn data sets of the table
+    seeds: int = 5  # each draws its own data, triplets, order and new weights
+    output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
+    workers: int = None  # processes of one torch thread each; None: one a core
+    compare: str = None  # a CSV of other runs that the paired differences must agree with
+
+    def __post_init__(self):
+        self.parts = split_choices("--parts", self.parts, ABLATION_PARTS)
+        self.worlds = split_choices("--worlds", self.worlds, ABLATION_WORLDS)
+        if self.seeds < 1:
+            raise CalaError(f"--seeds {self.seeds}: give 1 or more")
+        if self.compare and not Path(self.compare).is_file():
+            raise CalaError(f"--compare {self.compare}: no such file")
+
+
+def split_choices(
+    flag: str,  # as typed
+    given: str,  # words with commas or blanks between them, or a tuple of words
+    choices: tuple,  # the words that exist
+) -> tuple:
+    "The words of a flag, each of which must be one of the choices."
+    words = tuple(given.replace(",", " ").split()) if isinstance(given, str) else tuple(given)
+    if not words or not set(words) <= set(choices):
+        raise CalaError(f"{flag} {given}: give some of {', '.join(choices)}")
+    return words
