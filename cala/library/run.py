@@ -458,7 +458,7 @@ def check_output(
     recipe: Recipe,  # new, or resumed
 ):
     "CalaError if a new run would write over something, or a resumed one has nothing to go on with."
-    if not recipe.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not recipe.resume and output.exists() and (not output.is_dir() or any(path.name != ".cala.lock" for path in output.iterdir())):
         raise CalaError(f"{output} is not empty; choose another --output, or go on with it by --resume {output}")
     if recipe.resume and not output.is_dir(): raise CalaError(f"--resume {output}: no such folder")
 
