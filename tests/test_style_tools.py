@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 UNTYPED: set[str] = {
     "cala/backbones/blip2.py",
     "cala/backbones/clip.py",
-    "cala/backbones/contract.py",
     "cala/data.py",
     "cala/library/atlas.py",
     "cala/library/checkpoint.py",
@@ -30,7 +29,6 @@ UNTYPED: set[str] = {
     "cala/library/show/style.py",
     "cala/library/show/widgets.py",
     "cala/library/speed.py",
-    "cala/library/stage1.py",
     "cala/library/submission.py",
     "cala/model.py",
     "cala/recipe.py",
