@@ -264,6 +264,7 @@ def run_notebooks(
     os.environ["IN_TEST"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")  # of libraries
     jobs = min(int(os.environ.get("JOBS", "1")), max(1, len(paths)))
     all_ran = True
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
