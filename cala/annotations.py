@@ -1,229 +1,366 @@
-"""From a folder that somebody put together by hand to a batch of triplets, and an audit that names every hole."""
+"""Find a data set on disk, read its annotation files and check every entry.
+
+CIRR and FashionIQ consist of annotation files from one place and pictures from another, and people lay them out in
+many ways. A data set is recognised by the names of its annotation files, a picture is found by its name. Every entry is
+checked, because such files are edited, merged and cut by hand. The faults of a split are collected with file and entry:
+the data sets in `cala.data` raise the first of them, `cala-check` prints all.
+"""
+
 import json
 import os
+import re
 from dataclasses import dataclass
 from dataclasses import field
-from functools import lru_cache
 from pathlib import Path
 from pathlib import PurePosixPath
-from reprlib import repr as brief
-
-
+from reprlib import repr as shorten
+from typing import Any
 
 from .errors import CalaError
+from .pictures import PICTURE_FOLDERS
 
+SPLITS = {"CIRR": ("train", "val", "test1"), "FashionIQ": ("train", "val", "test")}
+CATEGORIES = ("dress", "shirt", "toptee")
+FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset"}  # as published
+ANNOTATIONS = {  # where the files may be, the published places first, and how their names begin
+    "CIRR": (("cirr/captions", "cirr/image_splits", "captions", "image_splits", "cirr", ""), r"(cap|split)\.rc2\."),
+    "FashionIQ": (("captions", "image_splits", ""), r"(cap|split)\.(dress|shirt|toptee)\."),
+}
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-@lru_cache(maxsize=4096)
-def _real(folder):
-    return Path(os.path.realpath(folder))
-
-def _leaves(path, root):
-    "True if `path`, its links followed, is not under `root` nor under the top folder of `root` that it is in."
-    path, root = Path(path), Path(root)
-    parts = path.relative_to(root).parts
-    real = Path(os.path.realpath(path)) if path.is_symlink() else _real(path.parent.absolute()) / path.name
-    return not any(real.is_relative_to(_real(home.absolute())) for home in (root, *([root / parts[0]] if len(parts) > 1 else [])))
 
 @dataclass(frozen=True)
 class Triplet:
     "One query and, where labels are published, its target; pictures by name."
-    reference: str       # name of the reference picture
-    captions: tuple      # one sentence (CIRR) or two (FashionIQ)
-    target: str | None   # name of the target picture; None in test splits
-    pair_id: str         # CIRR's pairid; FashionIQ has none, so "<category>-<row>"
-    group: tuple = ()    # CIRR: six near neighbours, reference and target among them
-    category: str = ""   # FashionIQ: dress, shirt or toptee
+
+    reference: str  # name of the reference picture
+    captions: tuple[str, ...]  # one sentence (CIRR) or two (FashionIQ)
+    target: str | None  # name of the target picture; None in test splits
+    pair_id: str  # CIRR's pairid; FashionIQ has none: category and entry, as in dress-7
+    group: tuple[str, ...] = ()  # CIRR: six similar pictures, reference and target among them
+    category: str = ""  # FashionIQ: dress, shirt or toptee
+
 
 @dataclass
 class Annotations:
-    "What the files of one split say, and what is wrong with them."
-    names: list = field(default_factory=list)     # of the gallery, in the order of the split file
-    paths: dict = field(default_factory=dict)     # name -> path in the data set's folder, or None if only the name is published
-    triplets: list = field(default_factory=list)  # of `Triplet`
-    faults: list = field(default_factory=list)    # file, entry and why it cannot be used
-    notes: list = field(default_factory=list)     # file, entry and what is odd, yet usable
+    "What the annotation files of one split hold, and what is wrong with them."
 
-    def usable(self):
-        "Itself if it has no fault, or a `CalaError` with the first."
-        if not self.faults: return self
-        more = f" (and {len(self.faults) - 1:,} more; cala-check lists them)" if len(self.faults) > 1 else ""
-        raise CalaError(f"{self.faults[0]}{more}")
+    names: list[str] = field(default_factory=list)  # of the gallery, in the order of the split file
+    paths: list[str] = field(default_factory=list)  # where each picture is published, in the data set's folder
+    triplets: list[Triplet] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # file, entry and why it cannot be used
+    notes: list[str] = field(default_factory=list)  # file, entry and what is unusual about it
 
-def _once(pairs):
-    "The dict of `pairs`, or an error if a key is there twice."
-    if len(found := dict(pairs)) == len(pairs): return found
-    keys = [key for key, _ in pairs]
-    raise ValueError(f"the key {brief(next(k for k in keys if keys.count(k) > 1))} is there twice")
+    def raise_faults(self) -> "Annotations":
+        "The annotations themselves, or a `CalaError` with the first fault."
+        if self.faults:
+            more = f" (and {len(self.faults) - 1:,} more; cala-check lists them)" if len(self.faults) > 1 else ""
+            raise CalaError(f"{self.faults[0]}{more}")
+        return self
 
-def read_json(
-    path: Path,  # an annotation file
-    kind: type,  # list or dict: what must be at the top
-):               # its content
-    "Read an annotation file; whatever is wrong with it is one line that names it."
-    try: content = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=_once)
-    except FileNotFoundError: raise CalaError(f"no annotation file {path}; the data set's own repository has it") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CalaError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if isinstance(content, kind) and content: return content
-    raise CalaError(f"{path} must hold a JSON {kind.__name__} with something in it; fetch it again")
 
-def _is_text(value):
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+def parse_split(
+    name: str,  # CIRR or FashionIQ
+    split: str,  # test stands for CIRR's test1, too
+) -> str:
+    "The published name of a split."
+    split = SPLITS[name][-1] if split in ("test", "test1") else split
+    if split not in SPLITS[name]:
+        raise CalaError(f"no split {split!r}; {name} has {', '.join(SPLITS[name])}")
+    return split
 
-def _is_name(value):
-    return _is_text(value) and value.isprintable() and value not in ("", ".", "..") and not set(value) & set('/\\:')
 
-def _is_inner_path(value):
-    return _is_text(value) and not value.startswith("/") and PurePosixPath(value).name != "" and all(map(_is_name, PurePosixPath(value).parts))
+def parse_categories(
+    categories: str | list | tuple,  # a list, or text with commas, blanks or both
+) -> tuple[str, ...]:  # in the published order
+    "The categories of FashionIQ that somebody names."
+    words = categories.replace(",", " ").split() if isinstance(categories, str) else list(categories)
+    if not words or set(words) - set(CATEGORIES):
+        raise CalaError(
+            f"no categories {', '.join(map(str, words)) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}"
+        )
+    return tuple(category for category in CATEGORIES if category in words)
 
-def _entries(file, kind, found):
-    "The content of `file`; if it cannot be read, that is a fault and there is none."
-    try: return read_json(file, kind)
-    except CalaError as error: found.faults.append(str(error))
-    return kind()
 
-def _name_faults(entry, keys, names):
-    "Which of the pictures that an entry names is not in the split file."
-    for key in keys:
-        name = entry.get(key)
-        if not isinstance(name, str): yield f"has no {key}"
-        elif name not in names: yield f"{key} {brief(name)} is not in the split file"
+# Where the files are
 
-def _members(entry):
-    "The names of an entry's group, or None if it has none."
-    group = entry.get("img_set")
-    members = group.get("members") if isinstance(group, dict) else None
-    return members if isinstance(members, list) and all(isinstance(m, str) for m in members) else None
-
-def _cirr_faults(entry, names, labelled):
-    "Why one entry of CIRR cannot become a triplet."
-    if not isinstance(entry, dict): yield "is not an object"; return
-    yield from _name_faults(entry, ("reference", "target_hard") if labelled or "target_hard" in entry else ("reference",), names)
-    if not _is_text(entry.get("caption")): yield "has no caption"
-    if type(entry.get("pairid")) not in (int, str): yield "has no pairid"
-    if _members(entry) is None: yield "has no img_set with members"
-
-def _cirr_triplet(i, entry):
-    return Triplet(entry["reference"], (entry["caption"],), entry.get("target_hard"), str(entry["pairid"]), tuple(_members(entry)))
-
-def _group_faults(triplet, names):
-    "Why subset recall cannot be computed for a triplet of CIRR."
-    group = triplet.group
-    if len(group) != 6 or len(set(group)) != 6: yield f"has a group of {len(group)} ({len(set(group))} different), not six"
-    for member in sorted(set(group) - names): yield f"group member {brief(member)} is not in the split file"
-    for name in (triplet.reference, triplet.target):
-        if name is not None and name not in group: yield f"{brief(name)} is not in its own group"
-
-def _oddities(triplet):
-    "What is strange about a triplet, yet usable."
-    if triplet.reference == triplet.target: yield f"has {brief(triplet.target)} as reference and as target"
-    if not all(caption.strip(".?, ") for caption in triplet.captions): yield "has an empty caption"
-
-def _read_triplets(file, found, faults_of, triplet_of):
-    "Fill `found` with the entries of a caption file; yield (position in the file, triplet) of each that is well formed."
-    for i, entry in enumerate(_entries(file, list, found)):
-        faults = list(faults_of(entry))
-        found.faults += [f"{file} entry {i}: {fault}" for fault in faults]
-        if faults: continue
-        found.triplets.append(triplet_of(i, entry))
-        found.notes += [f"{file} entry {i}: {odd}" for odd in _oddities(found.triplets[-1])]
-        yield i, found.triplets[-1]
-
-def _same_labels(file, found):
-    "Either every triplet has a target or none."
-    if len({t.target is None for t in found.triplets}) > 1: found.faults.append(f"{file}: some entries have a target and some have none")
-    return found
-
-def _read_cirr_names(file, found):
-    "The split file of CIRR: {name: path}."
-    for i, (name, path) in enumerate(_entries(file, dict, found).items()):
-        if _is_name(name) and _is_inner_path(path): found.names.append(name); found.paths[name] = str(PurePosixPath(path))
-        else: found.faults.append(f"{file} entry {i}: {brief(name)} has the path {brief(path)}, which is none within the data set's folder")
-
-def read_cirr(
-    folder: Path,    # the folder that holds `cirr/captions` and `cirr/image_splits`
-    split: str,      # train, val or test1
-) -> Annotations:    # whatever is wrong is in its faults
-    "Read and check the two files of a split of CIRR."
-    found, seen = Annotations(), set()
-    _read_cirr_names(Path(folder, "cirr", "image_splits", f"split.rc2.{split}.json"), found)
-    file, names = Path(folder, "cirr", "captions", f"cap.rc2.{split}.json"), set(found.names)
-    serious = found.notes if split == "train" else found.faults
-    for i, triplet in _read_triplets(file, found, lambda entry: _cirr_faults(entry, names, split != "test1"), _cirr_triplet):
-        serious += [f"{file} entry {i}: {fault}" for fault in _group_faults(triplet, names)]
-        if triplet.pair_id in seen: serious.append(f"{file} entry {i}: pairid {triplet.pair_id} is there twice")
-        seen.add(triplet.pair_id)
-    return _same_labels(file, found)
-
-def _read_fashioniq_names(file, found):
-    "The split file of a FashionIQ category: [name, ...]."
-    for i, name in enumerate(_entries(file, list, found)):
-        if not _is_name(name): found.faults.append(f"{file} entry {i}: {brief(name)} is not a picture's name")
-        elif name in found.paths: found.faults.append(f"{file} entry {i}: {brief(name)} is there twice")
-        else: found.names.append(name); found.paths[name] = None
-
-def _fashioniq_faults(entry, names, labelled):
-    "Why one entry of FashionIQ cannot become a triplet."
-    if not isinstance(entry, dict): yield "is not an object"; return
-    yield from _name_faults(entry, ("candidate", "target") if labelled or "target" in entry else ("candidate",), names)
-    captions = entry.get("captions")
-    if not isinstance(captions, list) or len(captions) != 2 or not all(map(_is_text, captions)): yield "has no two captions"
-
-def read_fashioniq(
-    folder: Path,    # the folder that holds `captions` and `image_splits`
-    split: str,      # train, val or test
-    category: str,   # dress, shirt or toptee
-) -> Annotations:    # whatever is wrong is in its faults
-    "Read and check the two files of a category and split of FashionIQ."
-    found = Annotations()
-    _read_fashioniq_names(Path(folder, "image_splits", f"split.{category}.{split}.json"), found)
-    file = Path(folder, "captions", f"cap.{category}.{split}.json")
-    faults_of = lambda entry: _fashioniq_faults(entry, found.paths, split != "test")
-    triplet_of = lambda i, e: Triplet(e["candidate"], tuple(e["captions"]), e.get("target"), f"{category}-{i}", (), category)
-    for _ in _read_triplets(file, found, faults_of, triplet_of): pass
-    return _same_labels(file, found)
-
-_FOLDERS = dict(CIRR=("cirr_dataset", "cirr_datasets"), FashionIQ=("fashioniq_dataset", "fashioniq_datasets"))
-
-_MARKS = dict(CIRR=("cirr/captions", "cirr/image_splits"), FashionIQ=("captions", "image_splits"))
 
 def data_folder(
     root: str | Path,  # the folder that holds the data sets, or one data set's own folder
-    name: str,         # CIRR or FashionIQ
-) -> Path:             # the data set's own folder
-    "Find a data set under the names that people give its folder."
-    if not os.path.isdir(root): raise CalaError(f"no folder {root}; point --data-root at the folder that holds {_FOLDERS[name][0]}")
-    inside = sorted(p for p in Path(root).iterdir() if p.name.lower() in _FOLDERS[name])
-    for folder in (*inside, Path(root)):
-        if any((folder / mark).is_dir() for mark in _MARKS[name]): return folder
-    raise CalaError(f"{root} holds no annotations of {name} ({_FOLDERS[name][0]}/{_MARKS[name][0]}); point --data-root at the folder that does")
+    name: str,  # CIRR or FashionIQ
+) -> Path:  # the data set's own folder
+    "Find a data set by the names that people give to its folder, and by its annotation files."
+    root = Path(root)
+    if not root.is_dir():
+        raise CalaError(f"no folder {root}; point --data-root at the folder that holds {FOLDERS[name]}")
+    spelling = f"{name.lower()}(datasets?)?"  # without case, hyphens and underscores
+    named = [each for each in root.iterdir() if re.fullmatch(spelling, re.sub("[-_]", "", each.name.lower()))]
+    folders = [folder for folder in (root, *sorted(named)) if find_annotations(folder, name)]
+    if not folders:
+        raise CalaError(
+            f"{root} holds no annotations of {name} ({FOLDERS[name]}/{ANNOTATIONS[name][0][0]}); "
+            "point --data-root at the folder that does"
+        )
+    # A root with a folder cirr/ may be CIRR's own folder or the folder above it: the one with pictures is CIRR's own.
+    parts = [Path(home, part) for home in PICTURE_FOLDERS for part in ("train", "dev", "test1", *CATEGORIES)]
+    with_pictures = [folder for folder in folders if any((folder / part).is_dir() for part in parts)]
+    return (with_pictures or folders)[0]
 
-_HOMES = ("", "images", "image_data", "img_raw")  # where pictures lie in a data set's folder
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+def find_annotations(
+    folder: Path,  # of the data set
+    name: str,  # CIRR or FashionIQ
+) -> dict[str, Path]:  # file name -> path
+    "The annotation files of a data set that are there."
+    places, pattern = ANNOTATIONS[name]
+    files = {}
+    for place in places:
+        for path in (folder / place).glob("*.json"):
+            if re.match(pattern, path.name):
+                files.setdefault(path.name, path)
+    return files
+
 
 def find_pictures(
-    folder: Path,        # the data set's own folder
-    found: Annotations,  # of any of its splits
-) -> dict:               # {name without suffix: path}
-    "Every picture under the folders that the annotations speak of; of two with one name the first counts."
-    tops = sorted({PurePosixPath(path).parts[0] for path in found.paths.values() if path})
-    homes = [os.path.join(folder, home, top) for home in _HOMES for top in tops] or [os.path.join(folder, home) for home in _HOMES[1:]]
-    pictures = {}
-    for place, inner, files in (step for home in homes for step in os.walk(home)):
-        inner.sort()
-        for stem, suffix in map(os.path.splitext, sorted(files)):
-            if suffix.lower() in _SUFFIXES: pictures.setdefault(stem, os.path.join(place, stem + suffix))
+    folder: Path,  # of the data set
+    parts: list[str],  # CIRR: train, dev or test1; FashionIQ: images
+) -> dict[str, str]:  # name without suffix -> path
+    "Every picture in the folders where that part of a data set may be; if a name occurs twice, the first counts."
+    if list(parts) == ["images"]:
+        parts = ["", *CATEGORIES]
+    pictures, visited = {}, {str(folder)}
+    for top in [os.path.join(folder, home, part).rstrip("/") for part in parts for home in PICTURE_FOLDERS]:
+        for place, inner_folders, files in os.walk(top):
+            inner_folders.sort()
+            if place in visited:
+                inner_folders.clear()
+                continue
+            visited.add(place)
+            for stem, suffix in map(os.path.splitext, sorted(files)):
+                if suffix.lower() in PICTURE_SUFFIXES:
+                    pictures.setdefault(stem, os.path.join(place, stem + suffix))
     return pictures
 
-def locate(
-    folder: Path,          # the data set's own folder
-    found: Annotations,    # of one split
-    pictures: dict = None, # what `find_pictures` found, if it was asked already
-) -> list:                 # one path a name
-    "Where each picture of a split is, or should be."
-    pictures = find_pictures(folder, found) if pictures is None else pictures
-    published = [Path(folder, found.paths[name] or f"images/{name}.jpg") for name in found.names]
-    return [path if path.stem not in pictures or os.path.isfile(path) else Path(pictures[path.stem]) for path in published]
 
-CATEGORIES = ("dress", "shirt", "toptee")
+def locate_pictures(
+    folder: Path,  # of the data set
+    paths: list[str],  # where the pictures are published, relative to the folder
+    pictures: dict[str, str] | None = None,  # of `find_pictures`, if it was called before
+) -> list[Path]:  # one a picture; the published place if there is no such picture
+    "Find the pictures of a split. One walk through the folders is faster than a question for each of many places."
+    if pictures is None:
+        pictures = find_pictures(folder, sorted({PurePosixPath(path).parts[0] for path in paths}))
+    published = [Path(folder, path) for path in paths]
+    return [
+        path if path.stem not in pictures or os.path.isfile(path) else Path(pictures[path.stem]) for path in published
+    ]
+
+
+# What the files hold
+
+
+def read_json(
+    path: Path,
+    kind: type,  # list or dict: what must be at the top
+) -> Any:  # the content
+    "Read a JSON file; whatever is wrong with it is a `CalaError` of one line that names it."
+    wanted = "object" if kind is dict else "list"
+    try:
+        text = Path(path).read_text("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=refuse_repeated_keys)
+    except FileNotFoundError:
+        raise CalaError(f"no annotation file {path}; the data set's own repository has it") from None
+    except (ValueError, RecursionError, OSError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.lineno == 2 and text[error.pos :].startswith("{"):
+            raise CalaError(f"{path} holds one JSON object a line; it must hold one JSON {wanted}") from None
+        raise CalaError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(content, kind) or not content:
+        raise CalaError(f"{path} must hold a JSON {wanted} that is not empty, but holds {describe_shape(content)}")
+    return content
+
+
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "The pairs as a dict; a ValueError names a key that occurs twice, of which Python would keep the last."
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shorten(next(key for key in keys if keys.count(key) > 1))} is there twice")
+    return content
+
+
+def describe_shape(value: Any) -> str:
+    "A few words on a JSON value, for messages."
+    if isinstance(value, dict) and value:
+        return f"an object with {', '.join(map(shorten, list(value)[:8]))}"
+    if isinstance(value, (dict, list)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
+    return shorten(value)
+
+
+def is_text(value: Any) -> bool:
+    "True for text that UTF-8 can hold."
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+
+
+def is_safe_name(value: Any) -> bool:
+    "True for the name of a file that stays in its folder on every system."
+    return is_text(value) and value.isprintable() and value not in ("", ".", "..") and not set(value) & set("/\\:")
+
+
+def is_safe_path(value: Any) -> bool:
+    "True for a relative path that stays in its folder on every system."
+    parts = PurePosixPath(value).parts if is_text(value) else ()
+    return bool(parts) and all(map(is_safe_name, parts))
+
+
+def is_pair_id(value: Any) -> bool:
+    "True for a whole number or text."
+    return type(value) in (int, str)
+
+
+def has_members(value: Any) -> bool:
+    "True for an object whose `members` are a list of names."
+    members = value.get("members") if isinstance(value, dict) else None
+    return isinstance(members, list) and all(isinstance(member, str) for member in members)
+
+
+def is_caption_pair(value: Any) -> bool:
+    "True for a list of two sentences."
+    return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
+
+
+FIELDS = {  # of an entry: key -> (check, what is wanted); reference and target come first
+    "CIRR": {
+        "reference": (is_text, "text"),
+        "target_hard": (is_text, "text"),
+        "caption": (is_text, "text"),
+        "pairid": (is_pair_id, "a number or text"),
+        "img_set": (has_members, "an object with a list of names as members"),
+    },
+    "FashionIQ": {
+        "candidate": (is_text, "text"),
+        "target": (is_text, "text"),
+        "captions": (is_caption_pair, "a list of two sentences"),
+    },
+}
+
+
+def check_entry(
+    entry: Any,  # of a caption file
+    name: str,  # CIRR or FashionIQ
+    names: set[str],  # of the split file
+    needs_target: bool,  # False for test splits
+):
+    "Raise a ValueError that says why an entry cannot become a triplet."
+    if not isinstance(entry, dict):
+        raise ValueError(f"is not an object, but {describe_shape(entry)}")
+    picture_keys = list(FIELDS[name])[:2]
+    for key, (is_right, wanted) in FIELDS[name].items():
+        if key == picture_keys[1] and not needs_target and key not in entry:
+            continue
+        if not is_right(entry.get(key)):
+            if key in entry:
+                raise ValueError(f"{key} must be {wanted}, but is {describe_shape(entry[key])}")
+            raise ValueError(f"has no {key} ({wanted}); it is {describe_shape(entry)}")
+        if key in picture_keys and entry[key] not in names:
+            raise ValueError(f"{key} {shorten(entry[key])} is not in the split file")
+
+
+def find_group_faults(
+    triplet: Triplet,  # of CIRR
+    names: set[str],  # of the split file
+) -> list[str]:
+    "Why subset recall cannot be computed for a triplet."
+    group = triplet.group
+    faults = [f"group member {shorten(member)} is not in the split file" for member in sorted(set(group) - names)]
+    if len(group) != 6 or len(set(group)) != 6:
+        faults.append(f"has a group of {len(group)} ({len(set(group))} different), not six")
+    ends = [end for end in (triplet.reference, triplet.target) if end is not None]
+    return faults + [f"{shorten(end)} is not in its own group" for end in ends if end not in group]
+
+
+def read_annotations(
+    folder: Path,  # of the data set
+    name: str,  # CIRR or FashionIQ
+    split: str,  # train, val, and test1 (CIRR) or test (FashionIQ)
+    category: str = "",  # of FashionIQ
+) -> Annotations:
+    "Read and check the two files of a split; whatever is wrong is in the faults of the result."
+    found, files = Annotations(), find_annotations(folder, name)
+    for kind, place in zip(("split", "cap"), reversed(ANNOTATIONS[name][0][:2])):
+        file_name = f"{kind}.{category or 'rc2'}.{split}.json"
+        file = files.get(file_name, Path(folder, place, file_name))
+        content_type = dict if kind == "split" and name == "CIRR" else list
+        try:
+            content = read_json(file, content_type)
+        except CalaError as error:
+            found.faults.append(str(error))
+            content = content_type()
+        if kind == "split":
+            add_pictures(found, file, content)
+        else:
+            add_triplets(found, file, content, name, split, category)
+    return found
+
+
+def add_pictures(
+    found: Annotations,  # changed in place
+    file: Path,  # for messages
+    pictures: dict[str, Any] | list,  # CIRR: name -> path; FashionIQ: names
+):
+    "Check the pictures of a split file and add those that are fine."
+    known = set()
+    for i, name in enumerate(pictures):
+        path = pictures[name] if isinstance(pictures, dict) else f"images/{name}.jpg"
+        if not is_safe_name(name):
+            found.faults.append(f"{file} entry {i}: {shorten(name)} is not a picture's name")
+        elif not is_safe_path(path):
+            reason = f"{shorten(name)} has the path {shorten(path)}, which is none within the data set's folder"
+            found.faults.append(f"{file} entry {i}: {reason}")
+        elif name in known:
+            found.faults.append(f"{file} entry {i}: {shorten(name)} is there twice")
+        else:
+            known.add(name)
+            found.names.append(name)
+            found.paths.append(str(PurePosixPath(path)))
+
+
+def add_triplets(
+    found: Annotations,  # with its pictures; changed in place
+    file: Path,  # for messages
+    entries: list,  # of the caption file
+    name: str,  # CIRR or FashionIQ
+    split: str,
+    category: str,
+):
+    "Check the entries of a caption file and add a triplet for each that is fine."
+    names, pair_ids = set(found.names), set()
+    for i, entry in enumerate(entries):
+        place = f"{file} entry {i}"
+        try:
+            check_entry(entry, name, names, needs_target="test" not in split)
+        except ValueError as error:
+            found.faults.append(f"{place}: {error}")
+            continue
+        if name == "CIRR":
+            pair_id, members = str(entry["pairid"]), tuple(entry["img_set"]["members"])
+            triplet = Triplet(entry["reference"], (entry["caption"],), entry.get("target_hard"), pair_id, members)
+            faults = find_group_faults(triplet, names)
+            if pair_id in pair_ids:
+                faults.append(f"pairid {pair_id} is there twice")
+            pair_ids.add(pair_id)
+            faults = [f"{place}: {fault}" for fault in faults]
+            if split == "train":  # training uses neither groups nor pair ids
+                found.notes += faults
+            else:
+                found.faults += faults
+        else:
+            texts, pair_id = tuple(entry["captions"]), f"{category}-{i}"
+            triplet = Triplet(entry["candidate"], texts, entry.get("target"), pair_id, category=category)
+        found.triplets.append(triplet)
+        if triplet.reference == triplet.target:
+            found.notes.append(f"{place}: has {shorten(triplet.target)} as reference and as target")
+        if not all(text.strip(".?, ") for text in triplet.captions):
+            found.notes.append(f"{place}: has an empty caption")
+    if len({triplet.target is None for triplet in found.triplets}) > 1:
+        found.faults.append(f"{file}: some entries have a target and some have none")

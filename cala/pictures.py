@@ -1,5 +1,7 @@
-"""From a folder that somebody put together by hand to a batch of triplets, and an audit that names every hole."""
+"""Read a picture file, of any kind that PIL knows, as upright RGB with eight bits a channel."""
+
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,36 +11,82 @@ from PIL import ImageOps
 
 from .errors import CalaError
 
+MAX_PIXELS = 89_478_485  # above this PIL warns of a decompression bomb
+PICTURE_FOLDERS = ("", "images", "image_data", "img_raw", "resized_image", "resized_images")  # of a data set
 
-def _eight_bits(image):
-    "Grey pictures of 16 or 32 bits a pixel as 8 bits; PIL's own conversion cuts all above 255."
-    values = np.asarray(image).astype(np.float64)
-    scale = 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
-    if image.mode == "F" and values.max(initial=0) <= 1: scale = 1 / 255
-    return Image.fromarray(np.clip(values / scale, 0, 255).round().astype(np.uint8))
-
-def _over_white(image):
-    "A picture with transparency, laid on white paper."
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-
-MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
-
-def _decode(path):
-    "The picture at `path` as upright 8-bit RGB, or whatever PIL raised."
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing LAVIS sets it, for the whole process
-    with Image.open(path) as opened:
-        if opened.width * opened.height > MAX_PIXELS: raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
-        image = ImageOps.exif_transpose(opened)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"): image = _eight_bits(image)
-    if image.has_transparency_data: image = _over_white(image)
-    return image.convert("RGB")
 
 def read_picture(
-    path: str | Path,  # a picture file of any kind that PIL knows
-) -> Image.Image:      # RGB, upright, 8 bits a channel
-    "Decode a picture; `CalaError` names one that is not there or cannot be decoded."
-    if not os.path.isfile(path): raise CalaError(f"no picture {path}; cala-check lists all that are missing")
-    try: return _decode(path)
-    except Exception as error:  # OSError, SyntaxError, struct.error, ...: PIL's plugins raise what they like
-        raise CalaError(f"{path} cannot be decoded ({error}); fetch it again or remove it") from None
+    path: str | Path,  # a picture file
+    root: str | Path | None = None,  # links must not lead out of this folder; None: links are not checked
+) -> Image.Image:  # RGB, upright, 8 bits a channel, transparent parts on white
+    "Decode a picture; a `CalaError` names a file that is missing or cannot be decoded."
+    if fault := find_picture_fault(path, root):
+        raise CalaError(fault)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # LAVIS sets it on import: truncated pictures would be read as half grey
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
+            image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = reduce_to_eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and others
+        raise CalaError(f"{path} cannot be decoded ({error}); download it again or remove it") from None
+
+
+def reduce_to_eight_bits(
+    image: Image.Image,  # grey, of 16 or 32 bits a pixel
+) -> Image.Image:  # grey, of 8 bits a pixel
+    "Scale grey values to 0..255; PIL's own conversion sets every value above 255 to 255."
+    values = np.asarray(image).astype(np.float64)
+    largest = values.max(initial=0)
+    if image.mode == "F" and largest <= 1:
+        scale = 255
+    elif image.mode.startswith("I;16") or largest > 255:
+        scale = 1 / 257
+    else:
+        scale = 1
+    return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
+
+
+def find_picture_fault(
+    path: str | Path,  # where a picture should be
+    root: str | Path | None = None,  # links must not lead out of this folder; None: links are not checked
+) -> str:  # empty if nothing is wrong
+    "Why a file cannot be a picture, as far as can be seen without reading it."
+    if not os.path.isfile(path):
+        return f"no picture {path}; cala-check lists all that are missing"
+    if root is not None and escapes_root(path, root):
+        return (
+            f"{path} is a link out of {root}; put the picture itself there "
+            "(cp -rL copies a folder of links as a folder of files)"
+        )
+    if os.path.getsize(path) == 0:
+        return f"{path} is empty (0 bytes); download it again"
+    return ""
+
+
+def escapes_root(
+    path: str | Path,  # of a picture
+    root: str | Path,  # the data set's folder
+) -> bool:
+    """True if links lead from the data set's folder to a picture elsewhere.
+
+    A link that stands for a whole folder of pictures (train, img_raw/train) is the user's own and is followed. A link
+    further below may have come with a stranger's archive."""
+    path, root = Path(path), Path(root)
+    folders = path.relative_to(root).parts[:-1]
+    depth = 2 if folders and folders[0] in PICTURE_FOLDERS else 1
+    homes = [root.joinpath(*folders[:count]) for count in range(min(depth, len(folders)) + 1)]
+    real = Path(os.path.realpath(path)) if path.is_symlink() else resolve_folder(path.parent.absolute()) / path.name
+    return not any(real.is_relative_to(resolve_folder(home.absolute())) for home in homes)
+
+
+@lru_cache(maxsize=4096)
+def resolve_folder(folder: Path) -> Path:
+    "The folder with its links followed; looked up once."
+    return Path(os.path.realpath(folder))

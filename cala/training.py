@@ -123,7 +123,7 @@ def draw_triplets(
     if count is None: return data
     if count > len(data): raise CalaError(f"--triplets {count}: {data.name} {data.split} has {len(data)}")
     data.triplets = [data.triplets[i] for i in sorted(random.Random(f"triplets {seed}").sample(range(len(data)), count))]
-    data._index()
+    data.find_positions()
     return data
 
 # %% ../nbs/method/10_training.ipynb #6b2b0fae

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cala.library.cli import run_command
+from cala.library import environment
 from cala.scripts import check
 from cala.library.worlds.scenes import draw_cirr
 from cala.library.worlds.garments import draw_fashioniq
@@ -40,7 +41,7 @@ def test_as_a_module_it_prints_the_table_and_ends_with_status_0(root):
     done = subprocess.run([sys.executable, "-m", "cala.scripts.check", "--data-root", str(root), "--deep"], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "all is well" and len(done.stdout.splitlines()) == 14    # heading, 12 rows, verdict
+    assert done.stdout.splitlines()[-1] == "all is well" and len(done.stdout.splitlines()) == 16  # 2 places, heading, 12 rows, verdict
 
 
 def test_holes_end_with_status_1_and_are_named(root, run):
@@ -89,7 +90,7 @@ def test_environment_names_python_packages_and_devices(run):
 
 
 def test_environment_says_what_is_missing_or_of_a_wrong_version(run, monkeypatch):
-    monkeypatch.setattr(check, "requires", lambda name: ["torch<1", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
+    monkeypatch.setattr(environment, "requires", lambda name: ["torch<1", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
     status, out, err = run("--environment")
     assert status == 1 and out.splitlines()[-1] == "to mend: torch, surely-not-there"
     assert "pip install cala[track]" in out
@@ -121,16 +122,3 @@ def stand_in(root, name):
         for folder in {os.path.dirname(place) for place in places}: (root / name / folder).mkdir(parents=True, exist_ok=True)
         for place in places:
             if not (root / name / place).exists(): os.link(picture, root / name / place)
-
-
-# ---------------------------------------------------------------- licences
-
-def test_licences_of_everything_are_listed_and_what_is_not_stated_is_named(run, monkeypatch):
-    monkeypatch.setattr(check, "requires", lambda name: ["pandas", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
-    stated = check.licence_of
-    monkeypatch.setattr(check, "licence_of", lambda metadata: check.UNSTATED if metadata["Name"] == "numpy" else stated(metadata))
-    status, out, err = run("--licences")
-    assert (status, err) == (0, "") and "dataset" not in out and "nor-this" not in out and "pillow" not in out
-    assert {"pandas", "numpy", "python-dateutil", "surely-not-there"} <= {line.split()[0] for line in out.splitlines() if line.strip()}
-    last = out.splitlines()[-1]
-    assert "no licence stated by 2: numpy (" in last and "surely-not-there (no licence file)" in last

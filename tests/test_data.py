@@ -27,8 +27,7 @@ from cala.data import collate
 from cala.data import image_transform
 from cala.data import open_dataset
 from cala.pictures import read_picture
-from cala.data import square_pad
-from cala.data import target_pad
+from cala.data import pad
 from cala.scripts import combiner, train, validate
 from cala.library.worlds.scenes import draw_cirr
 from cala.library.worlds.garments import draw_fashioniq
@@ -325,7 +324,7 @@ def test_with_allow_missing_every_result_of_every_command_says_how_many(tmp_path
 
 def test_without_any_picture_there_is_nothing_to_go_on_with(root):
     shutil.rmtree(root / "cirr_dataset" / "dev")
-    with pytest.raises(CalaError, match="no triplet of CIRR val has all its pictures"): CIRR(root, "val", allow_missing=True)
+    with pytest.raises(CalaError, match="of CIRR val are missing; no triplet has all its pictures"): CIRR(root, "val", allow_missing=True)
 
 
 # Transforms ---------------------------------------------------------------------------------------------------------
@@ -351,8 +350,8 @@ def test_transforms_equal_those_of_clip4cir(size, kind, ratio):
 
 def test_pads_are_black_and_centred():
     white = Image.new("RGB", (10, 100), (255, 255, 255))
-    assert target_pad(1.25, 32)(white).size == (80, 100) and square_pad(32)(white).size == (100, 100)
-    assert np.asarray(square_pad(32)(white)).any((0, 2)).nonzero()[0].tolist() == list(range(45, 55))
+    assert pad(white, 1.25, 32).size == (80, 100) and pad(white, 1.0, 32).size == (100, 100)
+    assert np.asarray(pad(white, 1.0, 32)).any((0, 2)).nonzero()[0].tolist() == list(range(45, 55))
 
 
 def test_kept_pictures_are_the_same_and_are_read_once(root):
@@ -387,21 +386,21 @@ def entry(number, **changes): return edit(lambda entries: entries[number].update
     (CAPTIONS, lambda p: p.write_bytes(b"[" * 200_000), "cannot be read as JSON"),
     (CAPTIONS, lambda p: p.write_text("[" + "9" * 10_000 + "]"), "cannot be read as JSON"),
     (CAPTIONS, lambda p: p.unlink(), "no annotation file"),
-    (CAPTIONS, edit(lambda c: []), "must hold a JSON list with something in it"),
+    (CAPTIONS, edit(lambda c: []), "must hold a JSON list that is not empty"),
     (CAPTIONS, edit(lambda c: {"a": c}), "must hold a JSON list"),
     (CAPTIONS, edit(lambda c: [*c[:3], None]), "entry 3: is not an object"),
     (CAPTIONS, edit(lambda c: c[5].pop("target_hard") and None), "entry 5: has no target_hard"),
     (CAPTIONS, edit(lambda c: c[2].pop("img_set") and None), "entry 2: has no img_set"),
-    (CAPTIONS, entry(2, img_set={"members": [[], {}]}), "entry 2: has no img_set"),
+    (CAPTIONS, entry(2, img_set={"members": [[], {}]}), "entry 2: img_set must be an object with a list of names"),
     (CAPTIONS, entry(2, img_set={"members": ["dev-0-0-img0"] * 6}), r"entry 2: has a group of 6 \(1 different\)"),
     (CAPTIONS, entry(1, reference="dev-9-9-img9"), "entry 1: reference 'dev-9-9-img9' is not in the split file"),
-    (CAPTIONS, entry(1, reference=["a"]), "entry 1: has no reference"),
-    (CAPTIONS, entry(1, caption=7), "entry 1: has no caption"),
-    (CAPTIONS, entry(1, caption="\ud800"), "entry 1: has no caption"),
-    (CAPTIONS, entry(1, pairid=True), "entry 1: has no pairid"),
+    (CAPTIONS, entry(1, reference=["a"]), "entry 1: reference must be text, but is a list of 1"),
+    (CAPTIONS, entry(1, caption=7), "entry 1: caption must be text"),
+    (CAPTIONS, entry(1, caption="\ud800"), "entry 1: caption must be text"),
+    (CAPTIONS, entry(1, pairid=True), "entry 1: pairid must be a number or text"),
     (CAPTIONS, edit(lambda c: c[4].update(pairid=c[3]["pairid"])), "entry 4: pairid .* is there twice"),
     (CAPTIONS, edit(lambda c: c[:2] + [dict(c[2], target_hard=c[6]["reference"])]), "is not in its own group"),
-    (SPLIT, edit(lambda c: []), "must hold a JSON dict"),
+    (SPLIT, edit(lambda c: []), "must hold a JSON object that is not empty"),
     (SPLIT, edit(lambda c: c.update({"dev-0-0-img0": "../secret.png"})), "'dev-0-0-img0' has the path '../secret.png'"),
     (SPLIT, edit(lambda c: c.update({"dev-0-0-img0": "/etc/secret.png"})), "within the data set's folder"),
     (SPLIT, edit(lambda c: c.update({"dev-0-0-img0": "dev\\..\\..\\secret.png"})), "within the data set's folder"),
@@ -421,10 +420,10 @@ FIQ_CAPTIONS, FIQ_SPLIT = "fashionIQ_dataset/captions/cap.shirt.val.json", "fash
 
 
 @pytest.mark.parametrize("file, spoil, says", [
-    (FIQ_CAPTIONS, entry(1, captions=["is red"]), "entry 1: has no two captions"),
-    (FIQ_CAPTIONS, entry(1, captions="is red"), "entry 1: has no two captions"),
-    (FIQ_CAPTIONS, entry(1, captions=["is red", None]), "entry 1: has no two captions"),
-    (FIQ_CAPTIONS, entry(1, candidate=None), "entry 1: has no candidate"),
+    (FIQ_CAPTIONS, entry(1, captions=["is red"]), "entry 1: captions must be a list of two sentences, but is a list of 1"),
+    (FIQ_CAPTIONS, entry(1, captions="is red"), "entry 1: captions must be a list of two sentences, but is 'is red'"),
+    (FIQ_CAPTIONS, entry(1, captions=["is red", None]), "entry 1: captions must be a list of two sentences"),
+    (FIQ_CAPTIONS, entry(1, candidate=None), "entry 1: candidate must be text"),
     (FIQ_CAPTIONS, entry(1, target="B000000000"), "entry 1: target 'B000000000' is not in the split file"),
     (FIQ_SPLIT, edit(lambda c: [*c, c[0]]), "is there twice"),
     (FIQ_SPLIT, edit(lambda c: [*c, "../../secret"]), "'../../secret' is not a picture's name"),
