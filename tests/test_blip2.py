@@ -23,10 +23,10 @@ from cala.model import CaLa
 from cala.library.checkpoint import save_checkpoint
 from cala.qformer import QFormer
 from cala.backbones.blip2 import load_lavis_state
-from cala.library.loading import DataFlags
-from cala.library.loading import ModelFlags
+from cala.library.flags import DataFlags
+from cala.library.flags import ModelFlags
 from cala.library.loading import build_model
-from cala.scripts.validate import facts
+from cala.library.results import describe_run
 
 CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
 SMALL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, initializer_range=0.2)  # large enough for features that differ
@@ -270,7 +270,7 @@ def test_a_checkpoint_finds_the_published_files_where_they_were_or_where_the_fla
         if moved: shutil.rmtree(here)
         model = build_model(ModelFlags(checkpoint=folder / "best", **flags))
         assert torch.equal(model.backbone.trunk.module.conv1.weight, tower.conv1.weight)
-        named = facts(DataFlags(checkpoint=folder / "best", device="cpu", **flags), model)["weights"]
+        named = describe_run(DataFlags(checkpoint=folder / "best", device="cpu", **flags), model)["weights"]
         assert list(named) == ["checkpoint", *["backbone_weights/blip2_pretrained_vitL.pth", "backbone_weights/clip_vit_L.pth"] * moved] and all(len(one["sha256"]) == 64 for one in named.values())
     with pytest.raises(CalaError, match="--backbone-weights"): build_model(ModelFlags(checkpoint=folder / "best"))
 

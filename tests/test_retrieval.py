@@ -486,11 +486,11 @@ def test_submission_files_are_accepted_and_agree_with_the_ranking(submission):
 DEFECTS = {
     "pair ids are missing": lambda c, t: c.pop(t.pair_id),
     "keys are no pair id": lambda c, t: c.update({"999999": c[t.pair_id]}),
-    "do not name": lambda c, t: c[t.pair_id].pop(),
-    "name a picture twice": lambda c, t: c[t.pair_id].__setitem__(0, c[t.pair_id][1]),
-    "name their own reference": lambda c, t: c[t.pair_id].__setitem__(0, t.reference),
-    "not in the split": lambda c, t: c[t.pair_id].__setitem__(0, "dev-0-0-img0"),
-    "are no lists of names": lambda c, t: c.update({t.pair_id: "test1-0-0-img0"}),
+    "does not name": lambda c, t: c[t.pair_id].pop(),
+    "a picture is named twice": lambda c, t: c[t.pair_id].__setitem__(0, c[t.pair_id][1]),
+    "the reference is named": lambda c, t: c[t.pair_id].__setitem__(0, t.reference),
+    "a picture is not in the split": lambda c, t: c[t.pair_id].__setitem__(0, "dev-0-0-img0"),
+    "the answer is no list of names": lambda c, t: c.update({t.pair_id: "test1-0-0-img0"}),
     "version is 'rc1'": lambda c, t: c.update(version="rc1"),
     "metric is None": lambda c, t: c.pop("metric"),
 }
@@ -511,10 +511,10 @@ def test_the_checker_names_a_stranger_in_a_subset_a_key_twice_a_large_file_and_a
     content, triplet = json.loads(subset.read_text()), test1.triplets[0]
     content[triplet.pair_id][0] = next(n for n in test1.gallery.names if n not in triplet.group)
     subset.write_text(json.dumps(content))
-    assert submission_faults(subset, test1) == [f"1 queries name pictures outside their group, the first is {triplet.pair_id}"]
+    assert submission_faults(subset, test1) == [f"a picture is outside the group (1 query, the first is {triplet.pair_id})"]
     text = recall.read_text()
     recall.write_text(text[:-1] + ',"version":"rc2"}')
-    assert submission_faults(recall, test1) == ["1 keys stand there twice, the first is version"]
+    assert submission_faults(recall, test1) == ["keys are there more than once: 1, the first is version"]
     recall.write_text(text + " " * 5_000_000)
     assert "the server takes 5,000,000" in submission_faults(recall, test1)[0]
     for bad in ("", "[]", "{", '{"version": "rc2"}'):
@@ -532,5 +532,5 @@ def test_a_submission_of_the_published_size_is_under_the_servers_limit():
 def test_a_data_set_that_is_too_small_for_a_submission_says_so(world, model, tmp_path):
     root = draw_cirr(tmp_path, train=1, val=1, test1=5, size=32)
     test1 = open_cirr(root, model, "test1")
-    with pytest.raises(CalaError, match="50 pictures a query, and test1 has 30"):
+    with pytest.raises(CalaError, match="50 pictures for each query, and test1 has 30"):
         write_cirr_submission(model.frame, embed(model, test1, progress=False), test1, tmp_path)

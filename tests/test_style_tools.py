@@ -19,7 +19,6 @@ UNTYPED: set[str] = {
     "cala/library/checkpoint.py",
     "cala/library/cli.py",
     "cala/library/gradcache.py",
-    "cala/library/loading.py",
     "cala/library/probes.py",
     "cala/library/processes.py",
     "cala/library/run.py",
@@ -29,14 +28,12 @@ UNTYPED: set[str] = {
     "cala/library/show/style.py",
     "cala/library/show/widgets.py",
     "cala/library/speed.py",
-    "cala/library/submission.py",
     "cala/model.py",
     "cala/recipe.py",
     "cala/scripts/ablation.py",
     "cala/scripts/benchmark.py",
     "cala/scripts/check.py",
     "cala/scripts/combiner.py",
-    "cala/scripts/validate.py",
     "cala/training.py",
 }
 

@@ -89,7 +89,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
         return lines[0]
     assert "no split 'test2'" in says("--split", "test2")
     assert "a plain file name" in says("--submission-name", "../mine")
-    assert "is missing" in says("--checkpoint", "None", "--blip2-visual-path", tmp_path / "visual.pt")
+    assert "are missing" in says("--checkpoint", "None", "--blip2-visual-path", tmp_path / "visual.pt")
     assert "needs trained weights" in says("--combining-function", "artemis")
     assert "name two models" in says("--clip-model-path", "clip.pt")
     (tmp_path / "bomb.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -97,7 +97,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "is not empty" in says("--output", tmp_path)
     assert "did you mean --split?" in says("--spilt", "val")
     small = draw_cirr(tmp_path / "small", train=1, val=1, test1=3, size=48)
-    assert "names 50 pictures a query, and test1 has 18" in says("--data-root", small)
+    assert "names 50 pictures for each query, and test1 has 18" in says("--data-root", small)
     next(small.rglob("test1-*.png")).unlink()
     assert "1 of 18 pictures of CIRR test1 are missing" in says("--data-root", small)
 

@@ -1,0 +1,148 @@
+"""What a model reaches, next to three baselines: results, a table, and files that say what was measured on what."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .. import __version__
+from ..data import CIRR
+from ..data import FashionIQ
+from ..model import CaLa
+from ..retrieval import Embedded
+from ..retrieval import Result
+from ..retrieval import chance
+from ..retrieval import image_only
+from ..retrieval import measure
+from ..retrieval import text_only
+from .checkpoint import checkpoint_folder
+from .files import write_atomically
+from .flags import DataFlags
+from .loading import find_device
+from .loading import hash_model
+from .loading import hash_weights
+
+RESULT_FILES = ("result.json", "result.csv", "ranks.csv")
+
+
+def measure_rows(
+    frame: nn.Module,  # the model's
+    embedded: Embedded,  # by the model
+    dataset: CIRR | FashionIQ,
+    name: str,  # of the model's row
+) -> dict[str, Result]:  # by the name of the row
+    "Three baselines, which a composition has to beat, and the model."
+    return {
+        "chance": chance(dataset),
+        "image only": image_only(embedded, dataset),
+        "text only": text_only(embedded, dataset),
+        name: measure(frame, embedded, dataset),
+    }
+
+
+def label_metric(
+    key: str,  # of a result
+) -> str:
+    "The name of a recall in tables: R@5 for recall_at5, Rs@1 for group_recall_at1, dress R@10 for dress_recall_at10."
+    head, _, k = key.partition("recall_at")
+    if head == "group_":
+        return f"Rs@{k}"
+    return f"{head[:-1]} R@{k}".strip()
+
+
+def is_recall(
+    key: str,  # of a result
+) -> bool:
+    "True for a recall, which a table shows; False for facts, means and bounds."
+    return "recall_at" in key and not key.startswith(("lowest_", "highest_"))
+
+
+def baseline_table(
+    results: dict[str, Result],  # by the name of the row
+) -> pd.DataFrame:  # one row per method, one column per recall, and the mean by which models are selected
+    "Recalls in percent."
+    rows = {}
+    for name, result in results.items():
+        rows[name] = {label_metric(key): value for key, value in result.items() if is_recall(key)}
+        rows[name]["mean"] = result["mean"]
+    return pd.DataFrame(rows).T
+
+
+def count_things(
+    count: int,
+    singular: str,
+    plural: str,
+) -> str:
+    "A number with its noun: 1 query, 2,297 queries."
+    return f"{count:,} {singular if count == 1 else plural}"
+
+
+def describe_result(
+    result: Result,
+) -> str:
+    "What was measured on: data set, split, protocol, sizes; and ties, if there are any."
+    sizes = [f"{key.removesuffix('_gallery')} {result[key]:,}" for key in result if key.endswith("_gallery")]
+    gallery = ", ".join(sizes) or f"{result['gallery']:,}"
+    protocol = result["protocol"] if result["dataset"] == "CIRR" else f"protocol {result['protocol']}"
+    parts = [
+        f"{result['dataset']} {result['split']}, {protocol}",
+        f"gallery {gallery}",
+        count_things(result["queries"], "query", "queries"),
+    ]
+    if result["missing"]:
+        parts.append(count_things(result["missing"], "picture missing", "pictures missing"))
+    if result.get("ties"):
+        parts.append(count_things(result["ties"], "query has a tie", "queries have ties") + " at the target")
+    return "; ".join(parts)
+
+
+def describe_bounds(
+    result: Result,
+) -> str:  # "" if no recall depends on the order of tied pictures
+    "Between which values each recall lies that depends on the order of tied pictures."
+    recalls = [key for key in result if is_recall(key) and f"lowest_{key}" in result]
+    if not recalls:
+        return ""
+    bounds = [f"{label_metric(key)} {result[f'lowest_{key}']:.2f} to {result[f'highest_{key}']:.2f}" for key in recalls]
+    return f"in the worst and the best order of tied pictures: {', '.join(bounds)}"
+
+
+def describe_run(
+    flags: DataFlags,
+    model: CaLa,  # that was measured
+) -> dict:
+    "Where a number comes from: flags, recipe, weights, versions, device."
+    recipe = {}
+    if flags.checkpoint:
+        file = checkpoint_folder(flags.checkpoint) / "recipe.json"
+        recipe = json.loads(file.read_bytes())["recipe"]
+    recipe.pop("api_key", None)
+    return dict(
+        flags=asdict(flags),
+        recipe=recipe,
+        backbone=model.backbone.name,
+        frame=model.config["cir_frame"],
+        weights=hash_weights(flags) or dict(tensors=dict(sha256=hash_model(model))),
+        versions=dict(cala=__version__, torch=torch.__version__, python=platform.python_version()),
+        device=str(find_device(flags.device)),
+    )
+
+
+def write_results(
+    folder: Path,  # exists
+    results: dict[str, Result],  # by the name of the row, the model's last
+    about: dict,  # from `describe_run`
+):
+    "Write result.json with everything, result.csv with one line per row, and ranks.csv with one line per query."
+    *baselines, model = results
+    content = dict(result=results[model], baselines={name: results[name] for name in baselines}, **about)
+    rows = pd.DataFrame([dict(row=name, **result) for name, result in results.items()]).set_index("row")
+    rows.loc[model, "weights_sha256"] = " ".join(file["sha256"] for file in about["weights"].values())
+    rows.loc[model, "recipe"] = json.dumps(about["recipe"] or about["flags"], default=str)
+    write_atomically(folder / "result.json", json.dumps(content, indent=1, default=str).encode())
+    write_atomically(folder / "result.csv", rows.to_csv().encode())
+    write_atomically(folder / "ranks.csv", results[model].ranks.to_csv(index=False).encode())
