@@ -7,7 +7,7 @@ __all__ = ['NOT_DECODED', 'OTHER_KINDS', 'PART', 'PAGE', 'Pictures', 'list_pictu
            'Changes', 'find_changes', 'ReadablePictures', 'embed_pictures', 'update_index', 'Hit', 'ask_index',
            'make_page', 'draw_hits', 'check_query', 'open_current_index', 'show_answer', 'search_folder']
 
-# %% ../../nbs/library/search.ipynb #4c162780
+# %% ../../nbs/library/search.ipynb #1a65dffc
 import json
 import os
 import sys
@@ -46,7 +46,7 @@ from .files import mark_file
 from .files import write_atomically
 from .gallery import top_k
 from .loading import build_model
-from .loading import filled
+from .loading import fill_flags
 from .loading import find_device
 from .show.cards import show_pictures
 from .show.style import BLUE
@@ -499,7 +499,7 @@ def draw_hits(
         frames.append(None)
     return show_pictures(pictures, labels, frames, save=save)
 
-# %% ../../nbs/library/search.ipynb #c55573a7
+# %% ../../nbs/library/search.ipynb #a4034d18
 def check_query(
     flags: Any,  # `Search` of cala.scripts.search
 ) -> Path | None:  # the reference's path
@@ -580,7 +580,7 @@ def search_folder(
         print(line, file=sys.stderr)
     if not pictures.paths:
         raise CalaError(f"no pictures below {flags.pictures}; point --pictures at a folder that holds some")
-    flags = filled(flags)
+    flags = fill_flags(flags)
     model = build_model(flags)
     transform = model.backbone.transform(flags.transform, flags.target_ratio)
     index = open_current_index(flags, model, transform, pictures)

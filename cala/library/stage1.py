@@ -21,7 +21,7 @@ def captioned_split(
     transform: Callable | None = None,  # PIL image -> tensor
 ) -> tuple[Triplets, dict[str, list[str]]]:  # data set; name of a picture -> its shortest caption, in a list
     "The training triplets of a drawn world and the captions of their pictures."
-    data = open_dataset(NAMES[world], root, "train", transform, keep=True)
+    data = open_dataset(NAMES[world], root, "train", transform, keep=transform is not None)
     scenes = json.loads(next(Path(root).rglob("drawn/scenes.train.json")).read_text(encoding="utf-8"))
     # The shortest caption has the fewest tokens, and so a step takes the least time.
     captions = {name: [min(scene["captions"], key=len)] for name, scene in scenes.items()}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Search', 'main']
 
-# %% ../../nbs/commands/search.ipynb #74df1ea6
+# %% ../../nbs/commands/search.ipynb #0b3eff21
 from dataclasses import dataclass
 from typing import Any
 from typing import ClassVar
 
 from ..library.cli import command
-from ..library.loading import ModelFlags
+from ..library.flags import ModelFlags
 
 # %% ../../nbs/commands/search.ipynb #db8556e6
 @dataclass

@@ -1,0 +1,45 @@
+"""The report of cala-demo: a notebook, executed over the folder of a demo and written as one page of HTML."""
+
+import os
+from pathlib import Path
+
+from ..errors import CalaError
+from .files import write_atomically
+
+REPORT = Path(__file__).parents[1] / "demo_report.ipynb"  # a copy of nbs/tutorials/demo_report.ipynb
+
+
+def write_report(
+    folder: Path,  # of a demo: data, runs, table.csv
+    notebook: Path = REPORT,
+) -> Path:  # report.html
+    "Execute the report notebook, in the Python that runs now, over the folder of a demo, and write it as one page."
+    if not notebook.is_file():
+        raise CalaError(f"no {notebook}: the package is incomplete; --no-report leaves the report out")
+    import nbformat  # here: only the report needs Jupyter
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CellExecutionError
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    class OwnPython(KernelSpecManager):
+        "The kernel of this Python; a kernel named python3 may belong to another Python."
+
+        def get_kernel_spec(self, kernel_name):
+            return KernelSpec(**get_kernel_dict())
+
+    page = nbformat.read(notebook, as_version=4)
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=OwnPython())
+    os.environ["CALA_DEMO"] = str(Path(folder).resolve())
+    executor = ExecutePreprocessor(timeout=600)
+    try:
+        executor.preprocess(page, {"metadata": {"path": str(notebook.parent)}}, km=kernel)
+    except CellExecutionError as error:
+        raise CalaError(f"{notebook} failed over {folder}: {str(error).splitlines()[-1]}") from error
+    html, _ = HTMLExporter().from_notebook_node(page)
+    path = Path(folder) / "report.html"
+    write_atomically(path, html.encode())
+    return path
