@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/method/06_associations.ipynb #d89c1091
+# %% ../nbs/method/06_associations.ipynb #9eeebe19
 class HingeCrossAttention(nn.Module):
     "Hinge-based cross-attention (HCA): the reference attends to the target through the words of the text."
 
@@ -29,7 +29,7 @@ class HingeCrossAttention(nn.Module):
     def text_keys(
         self,
         text: torch.Tensor,  # (B, L_c, d)
-        text_mask: torch.Tensor = None,  # (B, L_c) bool, False for padding
+        text_mask: torch.Tensor | None = None,  # (B, L_c) bool, False for padding
     ) -> torch.Tensor:  # (B, L_c, d)
         "Keys of the text's tokens; zero for padding, which so adds nothing to the Gram matrix."
         keys = self.key_text(text)
@@ -40,7 +40,7 @@ class HingeCrossAttention(nn.Module):
         reference: torch.Tensor,  # F_r (B, L_r, d); only token 0 is read
         text: torch.Tensor,  # F_c (B, L_c, d)
         target: torch.Tensor,  # F_t (B, L_t, d)
-        text_mask: torch.Tensor = None,  # (B, L_c) bool, False for padding; None reads padding as text
+        text_mask: torch.Tensor | None = None,  # (B, L_c) bool, False for padding; None reads padding as text
     ) -> torch.Tensor:  # (B, d)
         "The target as the reference attends to it through the text: row 0 of P V."
         keys = self.text_keys(text, text_mask)
@@ -55,7 +55,7 @@ class HingeCrossAttention(nn.Module):
         reference: torch.Tensor,  # (B, L_r, d)
         text: torch.Tensor,  # (B, L_c, d)
         target: torch.Tensor,  # (B, L_t, d)
-        text_mask: torch.Tensor = None,  # (B, L_c) bool, False for padding
+        text_mask: torch.Tensor | None = None,  # (B, L_c) bool, False for padding
     ) -> dict:  # A (B, L_r, L_c), B (B, L_c, L_t), P (B, L_r, L_t)
         "The links A and B and the attention P, without dropout."
         keys = self.text_keys(text, text_mask)

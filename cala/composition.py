@@ -15,13 +15,13 @@ from .contrast import in_float32
 from .errors import CalaError
 from .options import list_options
 
-# %% ../nbs/method/05_composition.ipynb #5b8dac2f
+# %% ../nbs/method/05_composition.ipynb #1cb59f2a
 class Sum(nn.Module):
     "Query-target matching by a normalised sum; it has no parameters."
 
     def __init__(
         self,
-        dim: int = None,  # width d of the features; not used, but every frame is made by the same call
+        dim: int | None = None,  # width d of the features; not used, but every frame is made by the same call
         scale: float = 100.0,  # factor from cosines to logits; 100 in the released program
     ):
         super().__init__()
@@ -103,15 +103,15 @@ class Artemis(nn.Module):
             scores = explicit + implicit
             return scores * self.temperature.exp() if self.learned_temperature else scores
 
-# %% ../nbs/method/05_composition.ipynb #4a7b4db5
+# %% ../nbs/method/05_composition.ipynb #69539e2a
 class Combiner(nn.Module):
     "Query-target matching of CLIP4Cir: a learned mixture of reference and text plus a learned vector."
 
     def __init__(
         self,
         dim: int,  # width d of the features
-        projection_dim: int = None,  # width to which each side is projected; 4 d if None (2560 for d = 640)
-        hidden_dim: int = None,  # width of the hidden layers; 8 d if None (5120 for d = 640)
+        projection_dim: int | None = None,  # width to which each side is projected; 4 d if None (2560 for d = 640)
+        hidden_dim: int | None = None,  # width of the hidden layers; 8 d if None (5120 for d = 640)
         dropout: float = 0.5,  # after each hidden layer, in training
         scale: float = 100.0,  # factor from cosines to logits
     ):
@@ -157,18 +157,18 @@ class Combiner(nn.Module):
         "Logits of every query with every gallery picture."
         return cosine_logits(self.query(reference, text), targets, self.scale)
 
-# %% ../nbs/method/05_composition.ipynb #bcab9437
+# %% ../nbs/method/05_composition.ipynb #a1640e62
 frames = {"sum": Sum, "artemis": Artemis, "combiner": Combiner}
 
 
 def make_frame(
     name: str,  # sum, artemis or combiner, in upper or lower case
     dim: int,  # width d of the features
-    scale: float = None,  # of sum and combiner: factor from cosines to logits
-    learned_temperature: bool = None,  # of artemis: apply its temperature
-    projection_dim: int = None,  # of combiner: width to which each side is projected
-    hidden_dim: int = None,  # of combiner: width of its hidden layers
-    dropout: float = None,  # of combiner: after each hidden layer, in training
+    scale: float | None = None,  # of sum and combiner: factor from cosines to logits
+    learned_temperature: bool | None = None,  # of artemis: apply its temperature
+    projection_dim: int | None = None,  # of combiner: width to which each side is projected
+    hidden_dim: int | None = None,  # of combiner: width of its hidden layers
+    dropout: float | None = None,  # of combiner: after each hidden layer, in training
 ) -> nn.Module:
     "Make a frame; raise `CalaError` for a name that does not exist or an option that the frame does not have."
     if name.lower() not in frames:

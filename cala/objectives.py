@@ -11,7 +11,7 @@ import torch
 from .contrast import contrast
 from .errors import CalaError
 
-# %% ../nbs/method/07_objectives.ipynb #3c20f0b7
+# %% ../nbs/method/07_objectives.ipynb #d1a96bb1
 def _check_weight(
     name: str,  # of the argument and its flag
     weight: float,
@@ -24,8 +24,8 @@ def _check_weight(
 
 def paper(
     z_qtm: torch.Tensor,  # (B, B) query-target matching
-    z_tbia: torch.Tensor = None,  # (B, B) text-bridged image alignment; None leaves it out
-    z_ctr: torch.Tensor = None,  # (B, B) complementary text reasoning; None leaves it out
+    z_tbia: torch.Tensor | None = None,  # (B, B) text-bridged image alignment; None leaves it out
+    z_ctr: torch.Tensor | None = None,  # (B, B) complementary text reasoning; None leaves it out
     w_tbia: float = 0.1,  # weight of the TBIA loss, alpha in the paper
     w_ctr: float = 0.1,  # weight of the CTR loss, beta in the paper
 ) -> torch.Tensor:  # a scalar
@@ -39,11 +39,11 @@ def paper(
         loss = loss + w_ctr * contrast(z_ctr)
     return loss
 
-# %% ../nbs/method/07_objectives.ipynb #49dbcc95
+# %% ../nbs/method/07_objectives.ipynb #72de97e8
 def released(
     z_qtm: torch.Tensor,  # (B, B) query-target matching
-    z_tbia: torch.Tensor = None,  # (B, B) text-bridged image alignment; None leaves it out
-    z_ctr: torch.Tensor = None,  # (B, B) complementary text reasoning; None leaves it out
+    z_tbia: torch.Tensor | None = None,  # (B, B) text-bridged image alignment; None leaves it out
+    z_ctr: torch.Tensor | None = None,  # (B, B) complementary text reasoning; None leaves it out
     w_tbia: float = 0.1,  # share of TBIA in the loss, 0 to 1
     w_ctr: float = 0.45,  # share of CTR in the mixed logits, 0 to 1
 ) -> torch.Tensor:  # a scalar
