@@ -178,6 +178,7 @@ def test_a_gallery_scored_in_pieces_gives_the_same_logits(name):
     [
         (lambda: make_frame("tirg", 8), "sum, artemis, combiner"),
         (lambda: make_frame("artemis", 8, hidden_dim=3), "takes no hidden_dim"),
+        (lambda: make_frame("combiner", 8, projection_dim=-3), "--projection-dim -3"),
     ],
 )
 def test_a_wrong_frame_or_option_gets_one_line(call, message):
