@@ -159,7 +159,7 @@ def test_learned_temperature_is_applied_by_its_flag_and_ranks_alike(world, tmp_p
 
 
 def test_encoder_text_trains_where_the_released_program_refuses(world, tmp_path):
-    done = train(recipe(world, tmp_path / "run", "--encoder-arch", "blip2", "--backbone-weights", "", "--random-weights", "small", "--encoder", "text", epochs=1), progress=False)
+    done = train(recipe(world, tmp_path / "run", "--encoder-arch", "blip2", "--backbone-weights", "None", "--random-weights", "small", "--encoder", "text", epochs=1), progress=False)
     assert {name.split(".")[1] for name, p in done.model.named_parameters() if p.requires_grad and name.startswith("backbone.")} == {"textual"}
 
 
