@@ -1,155 +1,245 @@
-"""What frozen parts say of a picture never changes, so it is computed once, on disk, and read ever after."""
+"""All choices of a training run, in one dataclass: each field of `Recipe` is a flag of `cala-train`.
+
+This module imports neither torch nor any other part of cala that does, because `cala-train --help` reads it."""
+
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import fields
 from pathlib import Path
-
-
+from typing import Any
+from typing import Literal
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
 
 from .errors import CalaError
 
+CACHES = ("off", "tokens", "auto")
+CACHE_DTYPES = ("auto", "float16", "float32")
+CATEGORIES = ("dress", "shirt", "toptee")
 
-CACHES, CACHE_DTYPES = ("off", "tokens", "auto"), ("auto", "float16", "float32")
+
+def number(
+    default: float | None,
+    above: float | None = None,  # values must be larger
+    least: float | None = None,  # or at least this
+    below: float | None = None,  # values must be smaller
+    most: float | None = None,  # or at most this
+) -> Any:
+    "A field of a recipe whose value lies in a range."
+    return field(default=default, metadata=dict(above=above, least=least, below=below, most=most))
+
 
 @dataclass
 class DataRecipe:
     "What is read."
-    dataset: str = "CIRR"            # CIRR or FashionIQ, in any case
-    data_root: str = "."             # folder that holds cirr_dataset or fashionIQ_dataset
-    categories: str = "dress,shirt,toptee" # FashionIQ: which, separated by commas
-    protocol: str = "original"       # FashionIQ validation gallery: original or val
-    triplets: int = None             # train on so many, drawn by the seed; None: all
-    transform: str = "targetpad"     # targetpad, squarepad, plain; clip: the tower's own
-    target_ratio: float = 1.25       # target pad: pad only pictures longer than this
-    num_workers: int = 0             # processes that decode pictures
-    keep_pictures: bool = False      # hold decoded pictures in memory: small pictures, many epochs
-    cache: str = "off"               # off; tokens: the frozen trunk's tokens once per picture, on disk; auto: if they pay and fit, and constant targets too
-    cache_dir: str = None            # where caches live; None: .cala_cache beside the data
-    cache_dtype: str = "auto"        # of cached numbers: float16, float32; auto: what the trunk computes
-    allow_missing: bool = False      # go on although pictures are missing; every result says how many
+
+    dataset: Literal["CIRR", "FashionIQ"] = "CIRR"  # CIRR or FashionIQ, in any case
+    data_root: str = "."  # folder that holds cirr_dataset or fashionIQ_dataset
+    categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which of them, separated by commas or spaces
+    protocol: Literal["original", "val"] = "original"  # FashionIQ validation gallery: original or val
+    triplets: int | None = number(None, above=0)  # train on so many, drawn by the seed; None: all
+    transform: str = "targetpad"  # targetpad, squarepad, plain; clip: the tower's own
+    target_ratio: float = number(1.25, above=0)  # target pad: pad only pictures longer than this
+    num_workers: int = number(0, least=0)  # processes that decode pictures
+    keep_pictures: bool = False  # hold decoded pictures in memory: for small pictures and many epochs
+    cache: Literal[CACHES] = "off"  # tokens: results of the frozen trunk, on disk; auto: if it pays, and targets too
+    cache_dir: str | None = None  # where caches are kept; None: .cala_cache beside the data
+    cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+    allow_missing: bool = False  # go on although pictures are missing; every result says how many
+
 
 @dataclass
 class ModelRecipe:
     "What is built."
-    encoder_arch: str = "blip2"      # blip2, clip, tiny, or package.module:Class
-    model_name: str = None           # which published model: pretrain_vitL, RN50x4 ...; None: the backbone's default
-    backbone_weights: str = None     # a file of weights instead of the published ones
-    tokenizer: str = None            # folder or vocab.txt of bert-base-uncased (BLIP-2); a CLIP tower with its own tokenizer reads it too
-    trunk_precision: str = None      # of the frozen trunk: auto (half on a GPU), fp32, fp16 or bf16
-    random_weights: str = None       # small or full: random weights, for tests and lessons
-    embeds_dim: int = None           # checked against the backbone; may be left out
-    recipe: str = None               # a named set of choices: cala, released or paper; what is given beside it wins
-    encoder: str = None              # which encoders train: both, multi or text; None: the recipe's
-    cir_frame: str = "sum"           # sum, artemis or combiner
-    objective: str = None            # released: mixed logits; paper: added losses; None: the recipe's
-    tac_weight: float = None         # released: share of the CTR logits in the mixture, 0.45 if nothing else is said
-    hca_weight: float = None         # released: weight of the TBIA loss, 0.1 if nothing else is said
-    alpha: float = None              # paper: weight of the TBIA loss, 0.1 if nothing else is said
-    beta: float = None               # paper: weight of the CTR loss, 0.1 if nothing else is said
-    hca_dropout: float = 0.1         # on HCA's attention, in training
-    learned_temperature: bool = False # ARTEMIS: multiply scores by the learned temperature, which the released program never applies
-    projection_dim: int = None       # Combiner: width of its projections; None: 4 d
-    hidden_dim: int = None           # Combiner: width of its hidden layer; None: 8 d
-    features: str = None             # before the associations' dot products: raw or normalised; None: the objective's
-    padding: str = None              # of captions, in HCA: read (its result then depends on the batch) or masked; None: the objective's
-    tbia_scale: float = None         # scale of the TBIA logits; None: 10 for raw features, 100 for normalised ones
-    ctr_scale: float = None          # scale of the CTR logits; None: as TBIA's
-    qtm_scale: float = None          # scale of the QTM logits of sum and combiner; None: 100
+
+    encoder_arch: str = "blip2"  # blip2, clip, tiny, or package.module:Class
+    model_name: str | None = None  # published model: pretrain_vitL, RN50x4 ...; None: the backbone's default
+    backbone_weights: str | None = None  # a file of weights instead of the published ones
+    tokenizer: str | None = None  # folder or vocab.txt of bert-base-uncased (BLIP-2), or of a CLIP tower's tokenizer
+    trunk_precision: str | None = None  # of the frozen trunk: auto (half on a GPU), fp32, fp16 or bf16
+    random_weights: str | None = None  # small or full: random weights, for tests and lessons
+    embeds_dim: int | None = None  # width that the backbone must have; None: any
+    recipe: Literal["released", "paper", "cala"] | None = None  # a named set of choices; other flags overrule it
+    encoder: Literal["both", "multi", "text"] | None = None  # which encoders train; None: the recipe's choice
+    cir_frame: Literal["sum", "artemis", "combiner"] = "sum"  # sum, artemis or combiner
+    objective: Literal["released", "paper"] | None = None  # mixed logits, or added losses; None: the recipe's choice
+    tac_weight: float | None = number(None, least=0, most=1)  # released: share of CTR in the mixed logits; None: 0.45
+    hca_weight: float | None = number(None, least=0, most=1)  # released: share of the TBIA loss; None: 0.1
+    alpha: float | None = number(None, least=0)  # paper: weight of the TBIA loss; None: 0.1
+    beta: float | None = number(None, least=0)  # paper: weight of the CTR loss; None: 0.1
+    hca_dropout: float = number(0.1, least=0, below=1)  # on HCA's attention, in training
+    learned_temperature: bool = False  # ARTEMIS: apply the temperature that the released program learns only
+    projection_dim: int | None = number(None, above=0)  # Combiner: width of its projections; None: 4 d
+    hidden_dim: int | None = number(None, above=0)  # Combiner: width of its hidden layer; None: 8 d
+    features: Literal["raw", "normalised"] | None = None  # in the associations' products; None: the objective's choice
+    padding: Literal["read", "masked"] | None = None  # in HCA, of captions; None: the objective's choice
+    tbia_scale: float | None = number(
+        None, above=0
+    )  # of the TBIA logits; None: 10 for raw features, 100 for normalised
+    ctr_scale: float | None = number(None, above=0)  # of the CTR logits; None: as for TBIA
+    qtm_scale: float | None = number(None, above=0)  # of the QTM logits of sum and combiner; None: 100
+
 
 @dataclass
 class LoopRecipe:
     "How it trains."
-    num_epochs: int = 30             # passes over the triplets
-    batch_size: int = 64             # triplets a step, over all ranks
-    neighbours: int = 1              # triplets in a row that stay in one batch; 2 and more make harder negatives
-    gallery_negatives: bool = False  # every picture of the training gallery is a negative (a memory bank); with --encoder multi or text
-    learning_rate: float = 5e-6      # of Q-Formers and query tokens; associations x2, ARTEMIS x10
-    weight_decay: float = 0.05       # AdamW's
-    max_epoch: int = 15              # epochs until the cosine reaches --min-lr
-    min_lr: float = 0.               # where the learning rate ends
-    schedule: str = None             # cosine (every group, held at the end), released (its quirks) or constant; None: the recipe's
-    warmup: float = 0.               # epochs of linear warm-up
-    seed: int = 0                    # of order, dropout and new weights
-    precision: str = "no"            # no (float32), bf16 or fp16
-    accumulate: int = 1              # pieces that a rank computes its share of a batch in; the loss is still over the whole batch
-    gradient_checkpointing: bool = False # keep less for the backward pass and compute it twice; the same numbers
-    compile: bool = False            # let torch.compile make one program of trunk and encoders; wants a C++ compiler
-    skip_nonfinite: bool = False     # leave out steps whose loss is not finite, and count them
-    rank_timeout: int = 1800         # seconds that a rank waits for the others before it gives up
+
+    num_epochs: int = number(30, above=0)  # passes over the triplets
+    batch_size: int = number(64, above=0)  # triplets a step, over all processes
+    neighbours: int = number(1, above=0)  # triplets in a row that stay in one batch; 2 and more make harder negatives
+    gallery_negatives: bool = False  # every picture of the training gallery is a negative; with --encoder multi or text
+    learning_rate: float = number(5e-6, above=0)  # of Q-Formers and query tokens; associations x2, ARTEMIS x10
+    weight_decay: float = number(0.05, least=0)  # of AdamW
+    max_epoch: int = number(15, above=0)  # epochs until the cosine reaches --min-lr
+    min_lr: float = number(0.0, least=0)  # where the learning rate ends
+    schedule: Literal["cosine", "released", "constant"] | None = None  # of the learning rate; None: the recipe's choice
+    warmup: float = number(0.0, least=0)  # epochs of linear warm-up
+    seed: int = number(0, least=0, below=2**32)  # of order, dropout and new weights
+    precision: Literal["no", "bf16", "fp16"] = "no"  # mixed precision; no: float32
+    accumulate: int = number(1, above=0)  # pieces in which a batch is encoded; the loss is still over the whole batch
+    gradient_checkpointing: bool = False  # keep less for the backward pass and compute it twice; the same numbers
+    compile: bool = False  # compile trunk and encoders with torch.compile; needs a C++ compiler
+    skip_nonfinite: bool = False  # leave out steps whose loss is not finite, and count them
+    rank_timeout: int = number(1800, above=0)  # seconds that a process waits for the others before it gives up
+
 
 @dataclass
 class KeepRecipe:
-    "What is kept and who is told."
-    output: str = None               # the run's folder; None: runs/<dataset>-<backbone>-<frame>
-    resume: str = None               # go on with this run's folder
-    save_training: bool = True       # keep the state after every epoch, to resume from (last/)
-    save_best: bool = True           # keep the weights with the best validation score (best/)
-    save_steps: int = 0              # keep the state every so many steps of an epoch, too; 0: never
-    validation_frequency: int = 1    # validate every so many epochs
-    api_key: str = None              # Comet: log there too
-    workspace: str = None            # Comet's workspace
-    experiment_name: str = None      # name of the run in trackers; also of its folder
-    comet_offline: str = None        # Comet: write an archive into this folder instead
-    tensorboard: bool = False        # log for TensorBoard too, into the run's folder
+    "What is kept, and where the log goes."
 
-PLAIN = dict(encoder="both", objective="released", tac_weight=.45, hca_weight=.1, alpha=.1, beta=.1, schedule="cosine")
+    output: str | None = None  # the run's folder; None: runs/<dataset>-<backbone>-<frame>
+    resume: str | None = None  # go on with the run in this folder
+    save_training: bool = True  # keep the state after every epoch, to resume from (last/)
+    save_best: bool = True  # keep the weights with the best validation score (best/)
+    save_steps: int = number(0, least=0)  # keep the state every so many steps of an epoch, too; 0: never
+    validation_frequency: int = number(1, above=0)  # validate every so many epochs
+    api_key: str | None = None  # Comet: log there too
+    workspace: str | None = None  # Comet: the workspace
+    experiment_name: str | None = None  # name of the run in trackers; also of its folder
+    comet_offline: str | None = None  # Comet: write an archive into this folder instead
+    tensorboard: bool = False  # log for TensorBoard too, into the run's folder
 
-RECIPES = dict(released=dict(schedule="released"), paper=dict(objective="paper", encoder="multi"), cala=dict(objective="paper", features="raw", qtm_scale=55.))
-
-WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
-
-def said_objective(
-    recipe,  # a recipe that is not filled in yet
-) -> str:    # released, paper, or None
-    "The objective that is named, or the one whose weights are given."
-    given = [name for name, keys in WEIGHTS.items() if any(getattr(recipe, key) is not None for key in keys)]
-    if recipe.objective or recipe.recipe or not given: return recipe.objective
-    if len(given) == 2: raise CalaError("--tac-weight and --hca-weight belong to --objective released, --alpha and --beta to --objective paper; say which")
-    return given[0]
-
-def fill_in(
-    recipe,  # changed in place
-):
-    "Give what nobody said the value of the named recipe; where an objective is said and no name, the plain value."
-    objective = said_objective(recipe)
-    named = {} if objective and not recipe.recipe else RECIPES[recipe.recipe or "cala"]
-    for key, value in (PLAIN | named | dict(objective=objective or (PLAIN | named)["objective"])).items():
-        if getattr(recipe, key) is None and (key != "qtm_scale" or recipe.cir_frame != "artemis"): setattr(recipe, key, value)  # ARTEMIS has no scale
-
-CHOICES = dict(dataset=["CIRR", "FashionIQ"], protocol=["original", "val"], encoder=["both", "multi", "text"],
-               cir_frame=["sum", "artemis", "combiner"], objective=["released", "paper"], precision=["no", "bf16", "fp16"],
-               schedule=["cosine", "released", "constant"], cache=[*CACHES], cache_dtype=[*CACHE_DTYPES],
-               recipe=[*RECIPES], features=["raw", "normalised"], padding=["read", "masked"])
-
-POSITIVE = "batch_size", "num_epochs", "max_epoch", "validation_frequency", "target_ratio", "learning_rate", "neighbours", "accumulate", "rank_timeout", "triplets", "projection_dim", "hidden_dim", "qtm_scale", "tbia_scale", "ctr_scale"
-
-NOT_NEGATIVE = "num_workers", "seed", "weight_decay", "min_lr", "warmup", "save_steps", "hca_dropout", "alpha", "beta", "tac_weight", "hca_weight"
-
-BELOW = dict(seed=2**32, hca_dropout=1)  # NumPy takes no larger seed
-
-AT_MOST = dict(tac_weight=1, hca_weight=1)
 
 @dataclass
 class Recipe(KeepRecipe, LoopRecipe, ModelRecipe, DataRecipe):
     "How to train CaLa; every field is a flag of `cala-train`."
+
     def __post_init__(self):
-        may_be_left_out = {f.name for f in fields(self) if f.default is None}
-        for key in may_be_left_out:
-            if getattr(self, key) in ("None", ""): setattr(self, key, None)
-        said = lambda keys: [(key, "--" + key.replace("_", "-"), getattr(self, key)) for key in keys if getattr(self, key) is not None or key not in may_be_left_out]
-        for key, flag, value in said(CHOICES):
-            match = [choice for choice in CHOICES[key] if choice.lower() == str(value).lower()]
-            if not match: raise CalaError(f"{flag} {value}: choose one of {', '.join(CHOICES[key])}")
-            setattr(self, key, match[0])
-        if ":" not in self.encoder_arch: self.encoder_arch = self.encoder_arch.lower()
-        fill_in(self)
-        for key, flag, value in said(POSITIVE):
-            if not value > 0: raise CalaError(f"{flag} {value}: give a number above 0")
-        for key, flag, value in said(NOT_NEGATIVE):
-            if not value >= 0: raise CalaError(f"{flag} {value}: give 0 or more")
-        for key, flag, value in said(BELOW):
-            if not value < BELOW[key]: raise CalaError(f"{flag} {value}: give a number below {BELOW[key]}")
-        for key, flag, value in said(AT_MOST):
-            if not value <= AT_MOST[key]: raise CalaError(f"{flag} {value}: give a number up to {AT_MOST[key]}")
+        values = resolve(read_choices(vars(self)))
+        check_ranges(values)
+        vars(self).update(values)
+
+
+# From what was given to a complete recipe
+
+DEFAULTS = dict(
+    encoder="both",
+    objective="released",
+    tac_weight=0.45,
+    hca_weight=0.1,
+    alpha=0.1,
+    beta=0.1,
+    schedule="cosine",
+)
+RECIPES = dict(
+    released=dict(schedule="released"),
+    paper=dict(objective="paper", encoder="multi"),
+    cala=dict(objective="paper", features="raw", qtm_scale=55.0),
+)
+WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
+
+
+def spell_flag(
+    name: str,  # of a field
+) -> str:
+    "The flag of a field."
+    return "--" + name.replace("_", "-")
+
+
+def read_choices(
+    values: dict,  # of all fields
+) -> dict:
+    "Choices in their own spelling, empty texts as None; `CalaError` for a choice that does not exist."
+    values = dict(values)
+    hints = get_type_hints(Recipe)
+    for each in fields(Recipe):
+        value = values[each.name]
+        if isinstance(value, Path):  # a recipe is saved as JSON
+            values[each.name] = value = str(value)
+        if each.default is None and value in ("None", ""):
+            values[each.name] = value = None
+        choices = _list_choices(hints[each.name])
+        if choices and not (value is None and each.default is None):
+            match = [choice for choice in choices if choice.lower() == str(value).lower()]
+            if not match:
+                raise CalaError(f"{spell_flag(each.name)} {value}: choose one of {', '.join(choices)}")
+            values[each.name] = match[0]
+    if isinstance(values["categories"], str):
+        values["categories"] = values["categories"].replace(",", " ").split()
+    values["categories"] = tuple(values["categories"])
+    if ":" not in values["encoder_arch"]:
+        values["encoder_arch"] = values["encoder_arch"].lower()
+    return values
+
+
+def _list_choices(hint):
+    "The choices of a type `Literal[...]` or `Literal[...] | None`; empty for any other type."
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    literals = [part for part in get_args(hint) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
+def find_objective(
+    values: dict,  # of all fields
+) -> str | None:
+    "The objective that is given, or the one to which a given weight belongs."
+    if values["objective"] or values["recipe"]:
+        return values["objective"]
+    weighted = [name for name, keys in WEIGHTS.items() if any(values[key] is not None for key in keys)]
+    if len(weighted) == 2:
+        belong = "--tac-weight and --hca-weight belong to --objective released, --alpha and --beta to --objective paper"
+        raise CalaError(f"{belong}; choose one")
+    return weighted[0] if weighted else None
+
+
+def resolve(
+    values: dict,  # of all fields
+) -> dict:
+    """The values, with those that are None taken from the named recipe, or else from the plain defaults.
+
+    Without a name the recipe is `cala`; where an objective is given and no name, only the defaults are used."""
+    objective = find_objective(values)
+    chosen = dict(DEFAULTS)
+    if values["recipe"] or not objective:
+        chosen |= RECIPES[values["recipe"] or "cala"]
+    if objective:
+        chosen["objective"] = objective
+    if values["cir_frame"] == "artemis":  # its scores have no scale
+        chosen.pop("qtm_scale", None)
+    missing = {name: value for name, value in chosen.items() if values[name] is None}
+    return {**values, **missing}
+
+
+def check_ranges(
+    values: dict,  # of all fields
+):
+    "`CalaError` for the first number that lies outside its range."
+    for each in fields(Recipe):
+        value, limits = values[each.name], each.metadata
+        if not limits or (value is None and each.default is None):
+            continue
+        wrong = f"{spell_flag(each.name)} {value}"
+        if limits["above"] is not None and not value > limits["above"]:
+            raise CalaError(f"{wrong}: give a number above {limits['above']}")
+        if limits["least"] is not None and not value >= limits["least"]:
+            raise CalaError(f"{wrong}: give {limits['least']} or more")
+        if limits["below"] is not None and not value < limits["below"]:
+            raise CalaError(f"{wrong}: give a number below {limits['below']}")
+        if limits["most"] is not None and not value <= limits["most"]:
+            raise CalaError(f"{wrong}: give a number up to {limits['most']}")
+
 
 def run_folder(
     recipe: Recipe,  # of the run

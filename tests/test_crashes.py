@@ -19,7 +19,11 @@ from cala.library.cli import run_command
 from cala.library.checkpoint import read_recipe
 from cala.library.checkpoint import save_checkpoint
 from cala.scripts.train import main
-from cala.library.run import Trainer
+from cala.library.resume import Resume
+from cala.training import CSVLog
+from cala.training import KeepBest
+from cala.training import Learner
+from cala.training import Validate
 from saved_models import tiny
 from small_runs import exit_code
 from small_runs import kept
@@ -40,17 +44,19 @@ def of_the_disk(event, function):
     return event == "c_call" and (function.__module__ in ("posix", "_io") or isinstance(getattr(function, "__self__", None), io.IOBase))
 
 
-PLACES = {  # where a kill may fall: the method of Trainer that is at work, and which of its calls count
-    "in a step": ("step", of_any_kind),
-    "in a validation": ("validate", of_any_kind),
-    "while saving": ("save", of_any_kind),
-    "while saving, at the disk": ("save", of_the_disk),
+STEP, VALIDATION = ((Learner, "train_step"),), ((Validate, "after_epoch"),)
+SAVE = tuple((callback, "save") for callback in (KeepBest, CSVLog, Resume))
+PLACES = {  # where a kill may fall: the methods that are at work, and which of their calls count
+    "in a step": (STEP, of_any_kind),
+    "in a validation": (VALIDATION, of_any_kind),
+    "while saving": (SAVE, of_any_kind),
+    "while saving, at the disk": (SAVE, of_the_disk),
 }
 
 
-def number_calls(method, kinds, calls, fatal=None):
-    "While Trainer's `method` is at work, count the calls of each kind; at the one that is `fatal` this process is no more."
-    original = getattr(Trainer, method)
+def number_calls(owner, method, kinds, calls, fatal=None):
+    "While a `method` is at work, count the calls of each kind; at the one that is `fatal` this process is no more."
+    original = getattr(owner, method)
     def tick(frame, event, function):
         for place, counts in kinds.items():
             if counts(event, function): calls[place] += 1
@@ -59,7 +65,7 @@ def number_calls(method, kinds, calls, fatal=None):
         sys.setprofile(tick)
         try: return original(self, *args)
         finally: sys.setprofile(None)
-    setattr(Trainer, method, watched)
+    setattr(owner, method, watched)
 
 
 def run(words, said, places=(), fatal=None):
@@ -67,8 +73,10 @@ def run(words, said, places=(), fatal=None):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared between processes, and would outlive one that is killed
     calls = dict.fromkeys(places, 0)
-    for method in {PLACES[place][0] for place in places}:
-        number_calls(method, {place: PLACES[place][1] for place in places if PLACES[place][0] == method}, calls, fatal)
+    for methods in {PLACES[place][0] for place in places}:
+        kinds = {place: PLACES[place][1] for place in places if PLACES[place][0] == methods}
+        for owner, method in methods:
+            number_calls(owner, method, kinds, calls, fatal)
     with open(said, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         run_command(main, words, prog="cala-train")
         print(json.dumps(calls))
@@ -129,7 +137,7 @@ def test_of_two_runs_started_at_once_into_one_folder_one_trains_and_the_other_sa
     for child in both: child.join(120)
     assert sorted(child.exitcode for child in both) == [0, 2] and kept(tmp_path / "run") == undisturbed[0]
     said = [(tmp_path / str(number)).read_text() for number, child in enumerate(both) if child.exitcode]
-    assert re.fullmatch(f"cala-train: (another process is at work in {tmp_path}/run; wait until it ends, or name another folder|{tmp_path}/run is not empty; .*)\n", said[0])
+    assert re.fullmatch(f"cala-train: (another process is at work in {tmp_path}/run; wait until it ends, or name another folder|{tmp_path}/run is not empty .*)\n", said[0])
 
 
 def killed_in(work, fatal):

@@ -13,13 +13,13 @@ from cala.encoders import MODES
 from cala.library.checkpoint import load_checkpoint
 from cala.scripts import validate
 from cala.recipe import Recipe
-from cala.library.run import Trainer
+from cala.training import Learner
 from cala.library.run import train
 
 BACKBONES = {  # words that choose it (train_flags has those of tiny), and the parts of it that a mode may change
     "tiny": ([], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),
-    "blip2": (["--backbone-weights", "", "--random-weights", "small"], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),
-    "clip": (["--backbone-weights", "", "--random-weights", "small"], dict(both={"language", "reduction", "head"}, multi={"language", "reduction"}, text={"language"})),
+    "blip2": (["--backbone-weights", "None", "--random-weights", "small"], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),
+    "clip": (["--backbone-weights", "None", "--random-weights", "small"], dict(both={"language", "reduction", "head"}, multi={"language", "reduction"}, text={"language"})),
 }
 DATASETS = dict(CIRR=[[]], FashionIQ=[["--categories", name] for name in ("dress", "shirt", "toptee")])  # what training validates together, so that each batch is the same
 CATEGORIES = "dress_", "shirt_", "toptee_"
@@ -28,11 +28,11 @@ CATEGORIES = "dress_", "shirt_", "toptee_"
 @pytest.fixture
 def start(monkeypatch):
     "Every tensor of the model as its run began."
-    kept, open_as_ever = {}, Trainer.open
-    def watched(trainer):
-        open_as_ever(trainer)
-        kept.update({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-    monkeypatch.setattr(Trainer, "open", watched)
+    kept, prepare = {}, Learner.prepare
+    def watched(learner):
+        prepare(learner)
+        kept.update({name: tensor.clone() for name, tensor in learner.core.state_dict().items()})
+    monkeypatch.setattr(Learner, "prepare", watched)
     return kept
 
 

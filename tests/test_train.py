@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-import cala.library.run
+import cala.training
 from cala.errors import CalaError
 from cala.library.cli import parse_flags
 from cala.library.cli import run_command
@@ -73,14 +73,14 @@ def test_every_value_of_the_seeds_command_line_is_read_as_printed_there(dataset,
 
 def test_the_seeds_command_line_trains_from_a_shell(world, tmp_path):
     words = SEED.format(dataset="cirr", encoder="both", arch="tiny", frame="sum", dim=32, model="None").split()
-    words[words.index("--api-key"):] = ["--api-key", "", "--workspace", "None", "--experiment-name", "first"]  # no Comet: not a word about it
+    words[words.index("--api-key"):] = ["--api-key", "None", "--workspace", "None", "--experiment-name", "first"]  # no Comet: not a word about it
     smaller = ["--num-epochs", "1", "--batch-size", "16", "--data-root", str(world), "--backbone-weights", str(world / "small.safetensors")]
     done = subprocess.run([sys.executable, "-m", "cala.scripts.train", *words, *smaller], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "recall_at1" in done.stdout and "1 epochs; logs and checkpoints in runs/first" in done.stdout
     assert sorted(p.name for p in (tmp_path / "runs/first").iterdir()) == ["best", "last", "log.csv", "metrics.csv"]
     again = subprocess.run([sys.executable, "-m", "cala.scripts.train", *words, *smaller], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert again.returncode == 2 and len(lines_of(again.stderr)) == 1 and "runs/first is not empty" in again.stderr
+    assert again.returncode == 2 and len(lines_of(again.stderr)) == 1 and "runs/first is not empty" in again.stderr and "--resume runs/first" in again.stderr
 
 
 LAUNCHERS = {  # what starts a process of its own for the command; two and more are a test of their own
@@ -122,8 +122,8 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert "is not empty" in says(output=world)
     (tmp_path / "out").mkdir()
     assert "holds no complete epoch" in says("--resume", tmp_path / "out")
-    assert "--batch-size 16 there, 8 here" in says("--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
-    assert "--cir-frame sum there, combiner here" in says("--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
+    assert "--batch-size is 16 there and 8 here" in says("--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
+    assert "--cir-frame is sum there and combiner here" in says("--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
     assert "unrecognized arguments: --bath-size 3; did you mean --batch-size?" in says("--bath-size", 3)
     assert "argument --batch-size: invalid int value: 'many'" in says("--batch-size", "many")
     assert not any((tmp_path / "out").iterdir())  # a refused run leaves nothing
@@ -195,7 +195,7 @@ def _child(words, killed_at, error):
     where, name, number, sent = killed_at or (None, None, None, None)
     if where:
         owner, _, method = where.rpartition(".")
-        owner = {"Trainer": cala.library.run.Trainer, "Path": Path, "training": cala.library.run}[owner]
+        owner = {"Learner": cala.training.Learner}[owner]
         original, count = getattr(owner, method), []
         def watched(*args, **kwargs):
             if name is None or Path(args[0]).name == name: count.append(1)
@@ -213,7 +213,7 @@ def in_child(server, words, error, killed_at=None):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed, server):
     words = train_flags(world, tmp_path / "run", epochs=3)
-    assert in_child(server, words, tmp_path / "said", ("Trainer.step", None, 3, signal.SIGINT)) == 2  # in the middle of an epoch: the generators matter
+    assert in_child(server, words, tmp_path / "said", ("Learner.train_step", None, 3, signal.SIGINT)) == 2  # in the middle of an epoch: the generators matter
     line, = lines_of((tmp_path / "said").read_text())
     assert line.startswith("cala-train: stopped by Ctrl-C in epoch 2; 3 steps are kept") and f"--resume {tmp_path / 'run'}" in line
     assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0

@@ -12,7 +12,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-import cala.library.run
+import cala.training
 from cala.errors import CalaError
 from cala.library.cli import parse_flags
 from cala.library.cli import run_command
@@ -23,7 +23,7 @@ from cala.encoders import make_backbone
 from cala.model import CaLa
 from cala.scripts.train import main
 from cala.recipe import Recipe
-from cala.library.run import Trainer
+from cala.training import Learner
 from cala.library.speed import checkpoint_layers
 from cala.library.run import train
 from small_runs import lines_of
@@ -125,15 +125,14 @@ def test_bf16_gives_the_losses_of_float32_up_to_its_rounding(world, tmp_path, st
 
 
 def test_each_different_picture_of_a_batch_passes_the_trunk_once(world, tmp_path, monkeypatch):
-    passed, different, forward, step = [], [], TinyTrunk.forward, Trainer.step
+    passed, different, forward, step = [], [], TinyTrunk.forward, Learner.train_step
     monkeypatch.setattr(TinyTrunk, "forward", lambda self, images: (passed.append(len(images)), forward(self, images))[1])
-    def counted(self, batch):
-        passed.clear()
-        row = step(self, batch)
-        places = torch.cat([self.data.references[batch.index], self.data.targets[batch.index]])
+    def counted(self):
+        step(self)
+        places = torch.cat([self.data.references[self.batch.index], self.data.targets[self.batch.index]])
         different.append((sum(passed), len(places.unique()), len(places)))
-        return row
-    monkeypatch.setattr(Trainer, "step", counted)
+        passed.clear()
+    monkeypatch.setattr(Learner, "train_step", counted)
     run(world, tmp_path / "run", "--neighbours", 6, "--accumulate", 2, epochs=1)
     assert len(different) == 2 and all(seen == unlike < all_of_them for seen, unlike, all_of_them in different)
 
@@ -199,12 +198,12 @@ def test_a_run_stopped_by_a_number_that_is_none_and_resumed_with_skip_nonfinite_
 
 def test_the_fp16_scaler_goes_on_where_it_was(world, tmp_path, monkeypatch):
     "With the scaler that torch has for the CPU; its scale doubles every third step."
-    prepare = Trainer.prepare
-    def scaled(self, model):
-        prepare(self, model)
+    prepare = Learner.prepare
+    def scaled(self):
+        prepare(self)
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.**10, growth_interval=3)
         self.optimizer = AcceleratedOptimizer(self.optimizer.optimizer, scaler=self.accelerator.scaler)
-    monkeypatch.setattr(Trainer, "prepare", scaled)
+    monkeypatch.setattr(Learner, "prepare", scaled)
     run(world, tmp_path / "whole", epochs=3)
     run(world, tmp_path / "cut", "--max-epoch", 3, epochs=1)
     run(world, tmp_path / "cut", "--resume", tmp_path / "cut", epochs=3)
@@ -217,12 +216,12 @@ def test_the_fp16_scaler_goes_on_where_it_was(world, tmp_path, monkeypatch):
 
 def test_ctrl_c_in_a_validation_keeps_the_epochs_steps(world, tmp_path, capsys, monkeypatch, undisturbed):
     with monkeypatch.context() as patched:
-        evaluate, count = cala.library.run.evaluate, []
+        evaluate, count = cala.training.evaluate, []
         def interrupted(*args, **how):
             count.append(1)
             if len(count) == 2: signal.raise_signal(signal.SIGINT)
             return evaluate(*args, **how)
-        patched.setattr(cala.library.run, "evaluate", interrupted)
+        patched.setattr(cala.training, "evaluate", interrupted)
         assert "stopped by Ctrl-C in the validation of epoch 2; 4 steps are kept" in refused(capsys, world, tmp_path / "run", epochs=3)
     run(world, tmp_path / "run", "--resume", tmp_path / "run", epochs=3)
     assert left(tmp_path / "run") == undisturbed
@@ -230,13 +229,13 @@ def test_ctrl_c_in_a_validation_keeps_the_epochs_steps(world, tmp_path, capsys, 
 
 def test_a_second_ctrl_c_in_one_step_goes_back_to_what_was_kept_before(world, tmp_path, capsys, monkeypatch, undisturbed):
     with monkeypatch.context() as patched:
-        step, count = Trainer.step, []
-        def interrupted(self, batch):
+        step, count = Learner.train_step, []
+        def interrupted(self):
             count.append(1)
             if len(count) == 4: signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
-            return step(self, batch)
-        patched.setattr(Trainer, "step", interrupted)
-        assert "stopped at once by Ctrl-C in epoch 2: go on from what was kept before" in refused(capsys, world, tmp_path / "run", epochs=3)
+            return step(self)
+        patched.setattr(Learner, "train_step", interrupted)
+        assert "stopped at once by Ctrl-C in epoch 2: go on from what was saved before" in refused(capsys, world, tmp_path / "run", epochs=3)
     run(world, tmp_path / "run", "--resume", tmp_path / "run", epochs=3)
     assert left(tmp_path / "run") == undisturbed
 
@@ -261,12 +260,12 @@ def _child(words, said, sent):
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of its loader's workers: a server of this child's own would import everything again
     torch.set_num_threads(1)
-    step, begun = Trainer.step, []
-    def watched(self, batch):
+    step, begun = Learner.train_step, []
+    def watched(self):
         begun.append(1)
         if sent and len(begun) == sent[0]: sent[1](0 if sent[1] is os.killpg else os.getpid(), sent[2])
-        return step(self, batch)
-    Trainer.step = watched
+        return step(self)
+    Learner.train_step = watched
     with open(said, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file): run_command(main, words, prog="cala-train")
 
 

@@ -1,5 +1,7 @@
-"""The recipe, the loop, schedules, logs, checkpoints, and going on where a run stopped."""
+"""Comet and TensorBoard: the log of a run, sent by Accelerate's trackers, and nothing that nobody asked for."""
+
 import os
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,41 +9,102 @@ from accelerate import tracking
 
 from ..errors import CalaError
 from ..recipe import Recipe
+from ..training import Callback
+from ..training import Learner
+
+COMET_OPTIONS = (  # what Comet collects by itself unless it is told not to
+    "parse_args",
+    "log_code",
+    "log_graph",
+    "log_git_metadata",
+    "log_git_patch",
+    "log_env_details",
+    "auto_output_logging",
+    "auto_param_logging",
+    "auto_metric_logging",
+    "auto_log_co2",
+)
 
 
-def installed(
-    package: str,  # as imported
+def require_package(
+    package: str,  # as it is imported
 ):
-    "CalaError if a tracker's package is not there; nothing is imported."
-    if find_spec(package) is None: raise CalaError(f"{package} is not installed: pip install {package}, or leave its flag out")
+    "`CalaError` if a package is not installed; nothing is imported."
+    if find_spec(package) is None:
+        raise CalaError(f"{package} is not installed: pip install {package}, or leave its flag out")
 
-COMET_TAKES = ("parse_args", "log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "auto_output_logging",
-               "auto_param_logging", "auto_metric_logging", "auto_log_co2")  # by itself, unless told not to
 
-def comet(
+def make_comet(
     recipe: Recipe,  # api_key, workspace, experiment_name, comet_offline
-    output: Path,    # the run's folder, whose name serves if there is no experiment_name
-):
-    "Accelerate's Comet tracker, online or into an archive; it is given the recipe and the log, and collects nothing by itself."
-    installed("comet_ml")
+    output: Path,  # the run's folder, whose name is the experiment's if it has none
+) -> tracking.GeneralTracker:
+    "Accelerate's Comet tracker, online or into an archive; it gets the recipe and the log, and collects nothing itself."
+    require_package("comet_ml")
     os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
     from comet_ml import ExperimentConfig
-    config = ExperimentConfig(name=recipe.experiment_name or output.name, offline_directory=recipe.comet_offline, display_summary_level=0,
-                              **dict.fromkeys(COMET_TAKES, False))
-    return tracking.CometMLTracker("cala", api_key=recipe.api_key, workspace=recipe.workspace, online=not recipe.comet_offline, experiment_config=config)
 
-def tensorboard(
-    output: Path,  # the run's folder, in which `tensorboard` will be
-):
-    "Accelerate's TensorBoard tracker."
-    installed("tensorboard")
-    return tracking.TensorBoardTracker("tensorboard", logging_dir=str(output))
+    config = ExperimentConfig(
+        name=recipe.experiment_name or output.name,
+        offline_directory=recipe.comet_offline,
+        display_summary_level=0,
+        **dict.fromkeys(COMET_OPTIONS, False),
+    )
+    return tracking.CometMLTracker(
+        "cala",
+        api_key=recipe.api_key,
+        workspace=recipe.workspace,
+        online=not recipe.comet_offline,
+        experiment_config=config,
+    )
 
-def trackers(
-    recipe: Recipe,  # tensorboard, api_key, workspace, comet_offline
-    output: Path,    # the run's folder
-) -> list:           # for Accelerate; None where the CSV files are all
-    "Accelerate trackers that the recipe asks for."
-    asked = [tensorboard(output)] if recipe.tensorboard else []
-    if recipe.comet_offline or recipe.api_key: asked.append(comet(recipe, output))
-    return asked or None
+
+def make_trackers(
+    recipe: Recipe,  # tensorboard, api_key, comet_offline
+    output: Path,  # the run's folder
+) -> list | None:  # for Accelerate; None where the CSV files are all
+    "The trackers that the recipe asks for."
+    trackers = []
+    if recipe.tensorboard:
+        require_package("tensorboard")
+        trackers.append(tracking.TensorBoardTracker("tensorboard", logging_dir=str(output)))
+    if recipe.comet_offline or recipe.api_key:
+        trackers.append(make_comet(recipe, output))
+    return trackers or None
+
+
+class Track(Callback):
+    "Sends the recipe and the rows of the log to the accelerator's trackers."
+
+    order = 60
+
+    def __init__(self):
+        self.is_started = False
+
+    def before_fit(self, learner: Learner):
+        values = {name: value for name, value in asdict(learner.recipe).items() if value is not None}
+        values.pop("api_key", None)
+        values["categories"] = ",".join(values["categories"])  # trackers take no lists
+        advice = "correct --api-key or --workspace, or take --comet-offline FOLDER"
+        try:
+            learner.accelerator.init_trackers("cala", values)
+        except Exception as error:  # each library has errors of its own
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise CalaError(f"the tracker does not start ({reason}); {advice}") from error
+        trackers = [each.tracker for each in learner.accelerator.trackers]
+        if any(getattr(tracker, "alive", True) is False for tracker in trackers):  # Comet prints why, and would go on
+            raise CalaError(f"the tracker does not reach its server; {advice}")
+        self.is_started = True
+
+    def after_batch(self, learner: Learner):
+        row = learner.log[-1]
+        learner.accelerator.log(row, step=row["step"])
+
+    def after_validation(self, learner: Learner):
+        row = learner.metrics[-1]
+        values = {f"val/{name}": value for name, value in row.items() if isinstance(value, (int, float))}
+        learner.accelerator.log(values, step=len(learner.log))
+
+    def cleanup(self, learner: Learner):
+        if self.is_started:  # the archive of a failed run is complete too
+            for tracker in learner.accelerator.trackers:
+                tracker.finish()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import cala.library.cache.policy
 import cala.library.cache.build
 import cala.library.cache.files
-import cala.library.run
+import cala.training
 from cala.library.cli import run_command
 from cala.library.checkpoint import load_checkpoint
 from cala.scripts.train import main
@@ -42,12 +42,12 @@ def _rank(rank, ranks, port, words, said, sent):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     cala.library.cache.files.SHARD = 8  # pictures a file of a cache: enough files for two
-    step, begun = cala.library.run.Trainer.step, []
-    def watched(self, batch):
+    step, begun = cala.training.Learner.train_step, []
+    def watched(self):
         begun.append(1)
         if sent and (rank, len(begun)) == sent[:2]: os.kill(os.getpid(), sent[2])
-        return step(self, batch)
-    cala.library.run.Trainer.step = watched
+        return step(self)
+    cala.training.Learner.train_step = watched
     with open(f"{said}.{rank}", "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         run_command(main, words, prog="cala-train")
 
@@ -80,7 +80,7 @@ def compare(one, two):
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     torch.manual_seed(0)
     seen = torch.randn(2, 6, 36, 32)
-    def says(model): return torch.stack(model.logits(*model.embed(seen[0], ["red"] * 6, seen[1]))).log_softmax(-1)
+    def says(model): return torch.stack(model.compare(model.embed(seen[0], ["red"] * 6, seen[1]))).log_softmax(-1)
     for name in ("best", "last"):  # what they say, since weights whose gradient is zero but for rounding (biases of keys) go where AdamW blows them
         with torch.no_grad(): torch.testing.assert_close(*(says(load_checkpoint(folder / name)) for folder in (one, two)), atol=1e-3, rtol=1e-3)
     return len(pd.read_csv(one / "log.csv"))
@@ -143,13 +143,13 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_line_and_not_a_hang(world,
     begun = time.time()
     codes, said = together(server, train_flags(world, tmp_path / "run", epochs=3), tmp_path / "said", sent=(1, 4, signal.SIGKILL))
     (line,) = lines_of(said[0])
-    assert codes == [2, -signal.SIGKILL] and "another rank has ended" in line and f"--resume {tmp_path / 'run'}" in line
+    assert codes == [2, -signal.SIGKILL] and "another process has ended" in line and f"--resume {tmp_path / 'run'}" in line
     assert time.time() - begun < 60
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_by_all(world, tmp_path, server):
     codes, said = together(server, train_flags(world, tmp_path / "run", "--batch-size", 15), tmp_path / "said")
-    assert codes == [2, 2] and all("--batch-size 15 cannot be shared by 2 ranks" in text for text in said)
+    assert codes == [2, 2] and all("--batch-size 15 cannot be shared by 2 processes" in text for text in said)
 
 
 def test_torchrun_trains_and_a_killed_rank_ends_it(world, tmp_path):
@@ -167,4 +167,4 @@ def test_torchrun_trains_and_a_killed_rank_ends_it(world, tmp_path):
     finally:
         if agent.poll() is None: agent.terminate()
     said = (tmp_path / "said").read_text()
-    assert "cala-train: another rank has ended" in said or "train.py: another rank has ended" in said, said
+    assert "cala-train: another process has ended" in said or "train.py: another process has ended" in said, said
