@@ -80,7 +80,7 @@ def flat(value):
 def server():
     "Children are forked from a process that has imported everything and computed nothing: ready at once, no threads to lose."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cala.scripts.train"])
+    context.set_forkserver_preload(["cala.library.run", "cala.scripts.train"])
     return context
 
 

@@ -32,7 +32,7 @@ from small_runs import world
 def server():
     "Children are forked from a process that has imported everything and computed nothing."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cala.scripts.train"])
+    context.set_forkserver_preload(["cala.library.run", "cala.scripts.train"])
     return context
 
 

@@ -251,7 +251,7 @@ def test_ctrl_c_without_save_training_says_that_nothing_is_kept(world, tmp_path,
 def server():
     "Children are forked from a process that has imported everything and computed nothing."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cala.scripts.train"])
+    context.set_forkserver_preload(["cala.library.run", "cala.scripts.train"])
     return context
 
 
