@@ -73,7 +73,7 @@ def parse_split(
 def parse_categories(
     categories: str | list | tuple,  # a list, or text with commas, blanks or both
 ) -> tuple[str, ...]:  # in the published order
-    "The categories of FashionIQ that somebody names."
+    "The categories of FashionIQ that a user names."
     words = categories.replace(",", " ").split() if isinstance(categories, str) else list(categories)
     if not words or set(words) - set(CATEGORIES):
         raise CalaError(
@@ -270,7 +270,7 @@ def find_group_faults(
     triplet: Triplet,  # of CIRR
     names: set[str],  # of the split file
 ) -> list[str]:
-    "Why subset recall cannot be computed for a triplet."
+    "Why recall within the group (Rs@k) cannot be computed for a triplet."
     group = triplet.group
     faults = [f"group member {shorten(member)} is not in the split file" for member in sorted(set(group) - names)]
     if len(group) != 6 or len(set(group)) != 6:
@@ -286,7 +286,7 @@ def read_annotations(
     category: str = "",  # of FashionIQ
 ) -> Annotations:
     "Read and check the two files of a split; whatever is wrong is in the faults of the result."
-    found, files = Annotations(), find_annotations(folder, name)
+    annotations, files = Annotations(), find_annotations(folder, name)
     for kind, place in zip(("split", "cap"), reversed(ANNOTATIONS[name][0][:2])):
         file_name = f"{kind}.{category or 'rc2'}.{split}.json"
         file = files.get(file_name, Path(folder, place, file_name))
@@ -294,17 +294,17 @@ def read_annotations(
         try:
             content = read_json(file, content_type)
         except CalaError as error:
-            found.faults.append(str(error))
+            annotations.faults.append(str(error))
             content = content_type()
         if kind == "split":
-            add_pictures(found, file, content)
+            add_pictures(annotations, file, content)
         else:
-            add_triplets(found, file, content, name, split, category)
-    return found
+            add_triplets(annotations, file, content, name, split, category)
+    return annotations
 
 
 def add_pictures(
-    found: Annotations,  # changed in place
+    annotations: Annotations,  # changed in place
     file: Path,  # for messages
     pictures: dict[str, Any] | list,  # CIRR: name -> path; FashionIQ: names
 ):
@@ -313,20 +313,20 @@ def add_pictures(
     for i, name in enumerate(pictures):
         path = pictures[name] if isinstance(pictures, dict) else f"images/{name}.jpg"
         if not is_safe_name(name):
-            found.faults.append(f"{file} entry {i}: {shorten(name)} is not a picture's name")
+            annotations.faults.append(f"{file} entry {i}: {shorten(name)} is not a picture's name")
         elif not is_safe_path(path):
             reason = f"{shorten(name)} has the path {shorten(path)}, which is none within the data set's folder"
-            found.faults.append(f"{file} entry {i}: {reason}")
+            annotations.faults.append(f"{file} entry {i}: {reason}")
         elif name in known:
-            found.faults.append(f"{file} entry {i}: {shorten(name)} is there twice")
+            annotations.faults.append(f"{file} entry {i}: {shorten(name)} is there twice")
         else:
             known.add(name)
-            found.names.append(name)
-            found.paths.append(str(PurePosixPath(path)))
+            annotations.names.append(name)
+            annotations.paths.append(str(PurePosixPath(path)))
 
 
 def add_triplets(
-    found: Annotations,  # with its pictures; changed in place
+    annotations: Annotations,  # with its pictures; changed in place
     file: Path,  # for messages
     entries: list,  # of the caption file
     name: str,  # CIRR or FashionIQ
@@ -334,13 +334,13 @@ def add_triplets(
     category: str,
 ):
     "Check the entries of a caption file and add a triplet for each that is fine."
-    names, pair_ids = set(found.names), set()
+    names, pair_ids = set(annotations.names), set()
     for i, entry in enumerate(entries):
         place = f"{file} entry {i}"
         try:
             check_entry(entry, name, names, needs_target="test" not in split)
         except ValueError as error:
-            found.faults.append(f"{place}: {error}")
+            annotations.faults.append(f"{place}: {error}")
             continue
         if name == "CIRR":
             pair_id, members = str(entry["pairid"]), tuple(entry["img_set"]["members"])
@@ -351,16 +351,16 @@ def add_triplets(
             pair_ids.add(pair_id)
             faults = [f"{place}: {fault}" for fault in faults]
             if split == "train":  # training uses neither groups nor pair ids
-                found.notes += faults
+                annotations.notes += faults
             else:
-                found.faults += faults
+                annotations.faults += faults
         else:
             texts, pair_id = tuple(entry["captions"]), f"{category}-{i}"
             triplet = Triplet(entry["candidate"], texts, entry.get("target"), pair_id, category=category)
-        found.triplets.append(triplet)
+        annotations.triplets.append(triplet)
         if triplet.reference == triplet.target:
-            found.notes.append(f"{place}: has {shorten(triplet.target)} as reference and as target")
+            annotations.notes.append(f"{place}: has {shorten(triplet.target)} as reference and as target")
         if not all(text.strip(".?, ") for text in triplet.captions):
-            found.notes.append(f"{place}: has an empty caption")
-    if len({triplet.target is None for triplet in found.triplets}) > 1:
-        found.faults.append(f"{file}: some entries have a target and some have none")
+            annotations.notes.append(f"{place}: has an empty caption")
+    if len({triplet.target is None for triplet in annotations.triplets}) > 1:
+        annotations.faults.append(f"{file}: some entries have a target and some have none")

@@ -114,7 +114,7 @@ def image_transform(
         raise CalaError(f"a transform needs a size and a ratio of at least 1, not {size} and {ratio}")
     return ImageTransform(kind, int(size), float(ratio), tuple(map(float, mean)), tuple(map(float, std)))
 
-# %% ../nbs/method/01_data.ipynb #747711ef
+# %% ../nbs/method/01_data.ipynb #35330e6e
 class Gallery(Dataset):
     "Pictures by position. A picture is read when it is indexed."
 
@@ -129,7 +129,7 @@ class Gallery(Dataset):
         if keep and not isinstance(transform, Transform):
             raise CalaError("pictures can be kept only if their transform has the methods pixels and floats")
         self.names, self.paths, self.transform, self.root = list(names), [Path(path) for path in paths], transform, root
-        self.kept = {} if keep else None  # position -> pixels
+        self.pixels = {} if keep else None  # position -> pixels in memory
         self.known = {name: position for position, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -153,11 +153,11 @@ class Gallery(Dataset):
         position = range(len(self))[int(position)]  # counts from the end too; raises IndexError
         if self.transform is None:
             return self.picture(position)
-        if self.kept is None:
+        if self.pixels is None:
             return self.transform(self.picture(position))
-        if position not in self.kept:
-            self.kept[position] = self.transform.pixels(self.picture(position))
-        return self.transform.floats(self.kept[position])
+        if position not in self.pixels:
+            self.pixels[position] = self.transform.pixels(self.picture(position))
+        return self.transform.floats(self.pixels[position])
 
     @cached_property
     def missing(self) -> list[str]:
@@ -168,9 +168,9 @@ class Gallery(Dataset):
         "The gallery without some pictures; positions change."
         rest = [position for position, name in enumerate(self.names) if name not in names]
         names, paths = [self.names[position] for position in rest], [self.paths[position] for position in rest]
-        return Gallery(names, paths, self.transform, self.root, self.kept is not None)
+        return Gallery(names, paths, self.transform, self.root, self.pixels is not None)
 
-# %% ../nbs/method/01_data.ipynb #49c68053
+# %% ../nbs/method/01_data.ipynb #61afd014
 class Triplets(Dataset):
     "The triplets of one split and their gallery. `CIRR` and `FashionIQ` add what is special about each."
 
@@ -206,7 +206,7 @@ class Triplets(Dataset):
             advice = "cala-check lists them, --allow-missing goes on without them"
             raise CalaError(f"{count}, the first is {first}; {advice}")
         queries = len(self)
-        ranked = self.split != "train"  # subset recall needs whole groups
+        ranked = self.split != "train"  # Rs@k needs whole groups
         needed = [{t.reference, t.target, *(t.group if ranked else ())} for t in self.triplets]
         self.triplets = [triplet for triplet, names in zip(self.triplets, needed) if not names & missing]
         if not self.triplets:
@@ -237,7 +237,7 @@ class Triplets(Dataset):
             index=i,
         )
 
-# %% ../nbs/method/01_data.ipynb #17eb0299
+# %% ../nbs/method/01_data.ipynb #8fa6f254
 class CIRR(Triplets):
     "CIRR: photographs, one sentence a triplet, groups of six similar pictures."
 
@@ -253,9 +253,10 @@ class CIRR(Triplets):
         seed: int = 0,  # nothing is drawn here
     ):
         split, self.root = parse_split(self.name, split), data_folder(root, self.name)
-        found = read_annotations(self.root, self.name, split).raise_faults()
-        gallery = Gallery(found.names, locate_pictures(self.root, found.paths), transform, self.root, keep)
-        super().__init__(split, found.triplets, gallery, allow_missing, seed)
+        annotations = read_annotations(self.root, self.name, split).raise_faults()
+        paths = locate_pictures(self.root, annotations.paths)
+        gallery = Gallery(annotations.names, paths, transform, self.root, keep)
+        super().__init__(split, annotations.triplets, gallery, allow_missing, seed)
 
     @property
     def groups(self) -> Tensor | None:
@@ -265,14 +266,15 @@ class CIRR(Triplets):
             return None
         return torch.stack([self.gallery.positions(group) for group in groups])
 
-# %% ../nbs/method/01_data.ipynb #13938cdc
+# %% ../nbs/method/01_data.ipynb #58e5314d
 def fashioniq_text(
     captions: tuple[str, str],
     rng: random.Random | None = None,  # draws one of the four forms; None: the first form, as in validation
 ) -> str:
     "The two sentences as one text: `C1 and c2`, `C2 and c1`, `C1` or `C2`."
-    one, two = (caption.strip(".?, ") for caption in captions)
-    forms = [f"{one.capitalize()} and {two}", f"{two.capitalize()} and {one}", one.capitalize(), two.capitalize()]
+    first, second = (caption.strip(".?, ") for caption in captions)
+    forms = [f"{first.capitalize()} and {second}", f"{second.capitalize()} and {first}"]
+    forms += [first.capitalize(), second.capitalize()]
     return forms[rng.randrange(4) if rng else 0]
 
 # %% ../nbs/method/01_data.ipynb #aeb0561e
@@ -325,7 +327,9 @@ class FashionIQ(Triplets):
     def queries(self) -> dict[str, Tensor]:
         "For each category the numbers of its triplets (q,)."
         categories = [triplet.category for triplet in self.triplets]
-        return {each: torch.tensor([i for i, c in enumerate(categories) if c == each]).long() for each in self.categories}
+        return {
+            each: torch.tensor([i for i, c in enumerate(categories) if c == each]).long() for each in self.categories
+        }
 
     @property
     def galleries(self) -> dict[str, Tensor]:
@@ -351,7 +355,7 @@ def collate(
     target = None if columns["target"][0] is None else default_collate(columns["target"])
     return Batch(default_collate(columns["reference"]), columns["caption"], target, torch.tensor(columns["index"]))
 
-# %% ../nbs/method/01_data.ipynb #d7050749
+# %% ../nbs/method/01_data.ipynb #f07b26b4
 def open_dataset(
     name: str,  # CIRR or FashionIQ, in any case
     root: str | Path,  # the folder that holds the data sets
@@ -359,7 +363,7 @@ def open_dataset(
     transform: Any = None,  # picture -> tensor
     categories: str | tuple[str, ...] = CATEGORIES,  # of FashionIQ
     protocol: str = "original",  # of FashionIQ
-    **options,  # keep, allow_missing, seed
+    **options: Any,  # keep, allow_missing, seed
 ) -> Triplets:
     "Open a data set by its name."
     if str(name).lower() == "cirr":

@@ -60,7 +60,7 @@ def test_bad_annotations_end_with_status_1_and_say_which_entry(root, run):
     del entries[2]["target"]
     file.write_text(json.dumps(entries))
     status, out, err = run("--data-root", root)
-    assert status == 1 and f"{file} entry 2: has no target" in out and "must be mended" in out
+    assert status == 1 and f"{file} entry 2: has no target" in out and "must be corrected" in out
 
 
 @pytest.mark.parametrize("words, says", [
@@ -92,7 +92,7 @@ def test_environment_names_python_packages_and_devices(run):
 def test_environment_says_what_is_missing_or_of_a_wrong_version(run, monkeypatch):
     monkeypatch.setattr(environment, "requires", lambda name: ["torch<1", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
     status, out, err = run("--environment")
-    assert status == 1 and out.splitlines()[-1] == "to mend: torch, surely-not-there"
+    assert status == 1 and out.splitlines()[-1] == "to install: torch, surely-not-there"
     assert "pip install cala[track]" in out
 
 

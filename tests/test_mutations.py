@@ -249,7 +249,7 @@ def read_by(reader, root, split):
 def assert_named(wrong, file, said, out):
     assert "\n" not in said and len(said) < 1000
     assert (f"{file} entry {wrong[1]}: " if wrong[1] is not None else file) in said
-    assert file in out and "must be mended" in out.splitlines()[-1]
+    assert file in out and "must be corrected" in out.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- recipes of checkpoints

@@ -66,7 +66,7 @@ class Audit:
             if len(items) > SHOWN:
                 lines.append(f"  ... and {len(items) - SHOWN:,} more; --save FILE writes all")
         if self.problems:
-            lines.append("the annotations named above must be mended before a run can start")
+            lines.append("the annotations named above must be corrected before a run can start")
         elif not self.ok:
             lines.append(
                 "training and evaluation refuse to start without these pictures; "
@@ -117,21 +117,25 @@ def audit_dataset(
     walked = find_pictures(folder, ["images"]) if name == "FashionIQ" else None  # all splits share their folders
     for split in SPLITS[name]:
         for category in CATEGORIES if name == "FashionIQ" else ("",):
-            found = read_annotations(folder, name, split, category)
-            paths = locate_pictures(folder, found.paths, walked)
+            annotations = read_annotations(folder, name, split, category)
+            paths = locate_pictures(folder, annotations.paths, walked)
             missing, broken = audit_pictures(paths, folder, deep, f"{name} {category} {split}")
             picture_folders |= {picture_folder(path, folder) for path in set(paths) - set(missing)}
             present = len(paths) - len(missing) - len(broken)
-            row = dict(dataset=name, split=split, category=category, triplets=len(found.triplets), pictures=len(paths))
+            row = dict(
+                dataset=name, split=split, category=category, triplets=len(annotations.triplets), pictures=len(paths)
+            )
             row |= dict(present=present, missing=len(missing), broken=len(broken))
-            if category and found.triplets and all(triplet.target for triplet in found.triplets):
-                row["val gallery"] = len(gallery_names(found, "val"))
+            if category and annotations.triplets and all(triplet.target for triplet in annotations.triplets):
+                row["val gallery"] = len(gallery_names(annotations, "val"))
             result.rows.append(row)
-            result.problems += found.faults
-            result.notes += found.notes
+            result.problems += annotations.faults
+            result.notes += annotations.notes
             result.missing += missing
             result.broken += broken
-    annotation_folders = sorted({str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()})
+    annotation_folders = sorted(
+        {str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()}
+    )
     pictures = ", ".join(sorted(picture_folders)) or "nowhere"
     result.places.append(f"{name} in {folder}: annotations in {', '.join(annotation_folders)}; pictures in {pictures}")
 

@@ -77,5 +77,5 @@ def print_environment() -> bool:  # True if all that cala always needs is instal
     print(*list_devices(), sep="\n")
     print(table.to_string(index=False))
     lacking = [row.package for row in table.itertuples() if row.state == "missing" or row.state.startswith("needs")]
-    print(f"to mend: {', '.join(lacking)}" if lacking else "nothing is missing")
+    print(f"to install: {', '.join(lacking)}" if lacking else "nothing is missing")
     return not lacking

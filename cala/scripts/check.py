@@ -8,7 +8,7 @@ __all__ = ['main']
 # %% ../../nbs/commands/check.ipynb #5db5df1b
 from ..library.cli import command
 
-# %% ../../nbs/commands/check.ipynb #47f08a73
+# %% ../../nbs/commands/check.ipynb #df9362cb
 @command
 def main(
     data_root: str = None,  # folder that holds cirr_dataset, fashionIQ_dataset or both; this folder if not given
@@ -25,10 +25,10 @@ def main(
     if data_root is not None or not environment:
         from cala.library.audit import audit
 
-        found = audit(data_root or ".", deep)
-        print(found.report(deep))
+        result = audit(data_root or ".", deep)
+        print(result.report(deep))
         if save:
-            found.save(save)
-        fine = fine and found.ok
+            result.save(save)
+        fine = fine and result.ok
     if not fine:
         raise SystemExit(1)
