@@ -1,89 +1,201 @@
-"""A recall is a number, a mistake is a picture: cards, ranking grids, curves, and things to move in a lesson."""
+"""How the project's figures look: colours, type, a page that shows itself, and boxes and texts measured in inches."""
+
 import textwrap
 from base64 import b64encode
+from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from IPython.display import display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ...errors import CalaError
 
-
+# Colours that colour-blind readers can tell apart (Okabe and Ito); the grey can be read on white and on black.
 GREY = "#797979"
-
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-
-ORANGE, SKY = "#E69F00", "#56B4E9"   # 2.3 to 1 on white: only ever the fifth and sixth line
-
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+ORANGE = "#E69F00"  # orange and sky have little contrast with white, so they are the fifth and the sixth line
+SKY = "#56B4E9"
 PALETTE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY]
-
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
 
-INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
-
+INKED = [
+    "text.color",
+    "axes.labelcolor",
+    "axes.edgecolor",
+    "axes.titlecolor",
+    "xtick.color",
+    "ytick.color",
+    "grid.color",
+]
 STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "savefig.dpi": 150, "figure.dpi": 100,
-    **dict.fromkeys(INKED, GREY), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.titlelocation": "left", "axes.titlesize": 9, "font.size": 9, "legend.frameon": False, "lines.linewidth": 1.6,
-    "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=DASHES), "svg.hashsalt": "cala"}
+    **dict.fromkeys(INKED, GREY),
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=DASHES),
+    "svg.hashsalt": "cala",
+}
+LINE_SIZES = (10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5)  # points that a text in a box may have
 
-def style():
-    "Context manager and decorator: figures made inside are readable on light and dark and by colour-blind readers."
+
+def style() -> AbstractContextManager:
+    "Context manager and decorator: figures made inside suit light and dark pages and colour-blind readers."
     return matplotlib.rc_context(STYLE)
 
+
 def small_png(
-    fig,  # a matplotlib Figure
-):        # bytes
-    "A figure as PNG, with a palette unless there are photographs in it."
-    full, small = BytesIO(), BytesIO()
-    fig.savefig(full, format="png", bbox_inches="tight", dpi=fig.dpi)
+    figure: Figure,
+) -> bytes:
+    "A figure as PNG, with a palette of 256 colours unless it holds photographs."
+    full = BytesIO()
+    figure.savefig(full, format="png", bbox_inches="tight", dpi=figure.dpi)
     image = Image.open(full)
-    if image.getcolors(20_000) is None: return full.getvalue()
+    if image.getcolors(20_000) is None:
+        return full.getvalue()
+    small = BytesIO()
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-def _bundle(thing, fig):
-    "A notebook's record of `thing`, whose picture is `fig`."
-    return {"image/png": b64encode(small_png(fig)).decode(), "text/plain": repr(thing)}
+
+def notebook_output(
+    thing: Any,  # its repr is the text for front ends without pictures
+    figure: Figure,
+) -> dict[str, str]:  # MIME type -> data
+    "What a notebook stores for an object that shows itself as a figure."
+    return {"image/png": b64encode(small_png(figure)).decode(), "text/plain": repr(thing)}
+
 
 class Page(Figure):
-    "A matplotlib figure that shows itself, once, with or without pyplot."
-    def _ipython_display_(self): display(_bundle(self, self), raw=True)
+    "A matplotlib figure that a notebook shows once, whether pyplot is in use or not."
 
-    def saved(self,
-        path=None,  # ending in .png or .svg; None writes nothing
-    ) -> "Page":    # itself
-        "Write the figure if a path is given."
-        if path is None: return self
+    def _ipython_display_(self):
+        display(notebook_output(self, self), raw=True)
+
+    def saved(
+        self,
+        path: str | Path | None = None,  # ends in .png or .svg; None writes nothing
+    ) -> "Page":
+        "Write the figure if a path is given, and return it."
+        if path is None:
+            return self
         path = Path(path)
-        if path.suffix not in (".png", ".svg"): raise CalaError(f"save={str(path)!r}: a figure is written as .png or .svg; end the path with one of them")
+        if path.suffix not in (".png", ".svg"):
+            raise CalaError(f"save={str(path)!r}: a figure is written as .png or .svg; end the path with one of them")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with style(): self.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+        metadata = {"Date": None} if path.suffix == ".svg" else None  # a date would change the bytes
+        with style():
+            self.savefig(path, bbox_inches="tight", metadata=metadata)
         return self
 
-def _lines(text, width, size, most=None):
-    "`text` broken into lines of `width` inches at `size` points; more than `most` are cut, and three dots say so."
-    columns = max(4, int(width * 72 / (0.55 * size)))
+
+def break_lines(
+    text: str,
+    width: float,  # of a line, in inches
+    size: float,  # of the type, in points
+    most: int | None = None,  # lines; a longer text is cut and ends in dots
+) -> list[str]:
+    "Break a text into lines."
+    columns = max(4, int(width * 72 / (0.55 * size)))  # a letter is about 0.55 of its size wide
     return textwrap.wrap(text, columns, max_lines=most, placeholder=" …") or [""]
 
-def _fit(text, width, height):
-    "`text` broken into lines, and the size of type, so that it fits a box of `width` by `height` inches."
-    for size in (10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5):
-        lines, most = _lines(text, width, size), max(1, int(height * 72 / (1.3 * size)))
-        if len(lines) <= most: return "\n".join(lines), size
-    return "\n".join(_lines(text, width, size, most)), size
+
+def fit_text(
+    text: str,
+    width: float,  # of the box, in inches
+    height: float,
+) -> tuple[str, float]:  # with line breaks, and the size of its type
+    "Choose the largest type in which a text fits a box; if none fits, the text is cut."
+    lines = []
+    for size in LINE_SIZES:
+        most = max(1, int(height * 72 / (1.3 * size)))
+        lines = break_lines(text, width, size)
+        if len(lines) <= most:
+            break
+    else:
+        lines = break_lines(text, width, size, most)
+    return "\n".join(lines), size
+
 
 @style()
-def _boxes(widths, rows, height, below=0.2, above=0.2, gap=0.12):
-    "A page of empty boxes [row][column], all in inches; `below` each row there is room for a label."
-    W, H = sum(widths) + gap * (len(widths) + 1), above + rows * (height + below)
-    left = lambda c: sum(widths[:c]) + gap * (c + 1)
-    place = lambda r, c: [left(c) / W, 1 - (above + (r + 1) * height + r * below) / H, widths[c] / W, height / H]
-    page = Page(figsize=(W, H))
-    axes = [[page.add_axes(place(r, c), frame_on=True) for c in range(len(widths))] for r in range(rows)]
-    for ax in page.axes: ax.set_axis_off()
-    return page, axes
+def make_boxes(
+    widths: list[float],  # of the columns, in inches
+    rows: int,
+    height: float = 1,  # of a row, in inches
+    below: float = 0.2,  # room for a label under each row
+) -> tuple[Page, np.ndarray]:  # and the boxes (rows, columns)
+    "A page of empty boxes for pictures and texts."
+    above, gap = 0.2, 0.12
+    page_width = sum(widths) + gap * (len(widths) + 1)
+    page_height = above + rows * (height + below)
+    page = Page(figsize=(page_width, page_height))
+    places = {
+        "width_ratios": widths,
+        "left": gap / page_width,
+        "right": 1 - gap / page_width,
+        "top": 1 - above / page_height,
+        "bottom": below / page_height,
+        "wspace": gap * len(widths) / sum(widths),
+        "hspace": below / height,
+    }
+    boxes = page.subplots(rows, len(widths), squeeze=False, gridspec_kw=places)
+    for box in boxes.flat:
+        box.set_axis_off()
+    return page, boxes
+
+
+@style()
+def place_picture(
+    box: Axes,
+    picture: Image.Image,  # is made smaller, in place, so that a page of photographs stays small
+    label: str = "",  # under the picture
+    frame: str | None = None,  # colour; None draws a thin grey frame
+):
+    "Draw a picture into a box."
+    picture.thumbnail((256, 256))
+    box.imshow(picture)
+    box.set_axis_on()
+    box.grid(False)
+    box.set(xticks=[], yticks=[])
+    for spine in box.spines.values():
+        spine.set(visible=True, color=frame or GREY, linewidth=3 if frame else 0.5)
+    box.set_xlabel(label, fontsize=8, color=frame or GREY, labelpad=3, parse_math=False)
+
+
+def place_text(
+    box: Axes,
+    text: str,
+    arrow: bool = True,  # below the text, from left to right
+):
+    "Write a text into a box, small enough to fit."
+    extent = box.get_window_extent().transformed(box.figure.dpi_scale_trans.inverted())  # in inches
+    low = 0.22 if arrow else 0.0
+    lines, size = fit_text(text, extent.width, extent.height * (1 - low))
+    middle = (1 + low) / 2
+    written = box.text(0.5, middle, lines, size=size, color=GREY, parse_math=False, transform=box.transAxes)
+    written.set(horizontalalignment="center", verticalalignment="center")
+    true_width = max(1, written.get_window_extent().width)  # capitals are wider than the estimate of `break_lines`
+    written.set_size(size * min(1, extent.width * box.figure.dpi / true_width))
+    if arrow:
+        arrowprops = dict(arrowstyle="-|>", color=GREY, lw=1.4)
+        box.annotate("", (1, 0.1), (0, 0.1), xycoords="axes fraction", arrowprops=arrowprops)
