@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TokenCache', 'cache_tokens', 'open_tokens', 'use_tokens', 'black_picture', 'find_leaf_parameters', 'TargetSide',
-           'TargetCache', 'cache_targets', 'Known', 'KnownPictures', 'use_targets', 'count_readings', 'is_worthwhile',
+           'TargetCache', 'cache_targets', 'CachedReferences', 'use_targets', 'count_readings', 'is_worthwhile',
            'CacheChoice', 'choose_cache', 'measure_reading', 'decide_cache', 'cache_folder', 'trunk_dtype',
            'make_target_side', 'use_caches']
 
-# %% ../../../nbs/library/cache.ipynb #f5c52d38
+# %% ../../../nbs/library/cache.ipynb #74f735e4
 import os
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from copy import copy
 from pathlib import Path
 from shutil import disk_usage
 from time import perf_counter
-from typing import Any
 from typing import NamedTuple
 from zlib import crc32
 
@@ -51,6 +50,7 @@ from .files import shard_paths
 from ..files import FileMark
 from ..files import fingerprint_tensors
 from ..files import make_output_folder
+from ...model import CachedReference
 from ...retrieval import evaluating
 
 # %% ../../../nbs/library/cache.ipynb #c02872db
@@ -278,28 +278,22 @@ def cache_targets(
     run_on_all_processes(build.run)
     return TargetCache(find_cache(gallery, folder, build.about), gallery.names, side.extra_feature)
 
-# %% ../../../nbs/library/cache.ipynb #c800ad18
-class Known(NamedTuple):
-    "What the frozen modules give for a reference."
+# %% ../../../nbs/library/cache.ipynb #b8e38fda
+class CachedReferences(Dataset):
+    "What the frozen modules give for the references, by gallery position."
 
-    tokens: torch.Tensor  # (N, w), the trunk's
-    image: Embedding  # the image encoder's
-
-    def to(self, *args: Any, **options: Any) -> "Known":
-        return Known(self.tokens.to(*args, **options), self.image.to(*args, **options))
-
-
-class KnownPictures(Dataset):
-    "References by gallery position."
-
-    def __init__(self, tokens: TokenCache, targets: TargetCache):
+    def __init__(
+        self,
+        tokens: TokenCache,
+        targets: TargetCache,  # of the same pictures
+    ):
         self.tokens, self.targets, self.names = tokens, targets, tokens.names
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, i: int) -> Known:
-        return Known(self.tokens[i], self.targets[i])
+    def __getitem__(self, i: int) -> CachedReference:
+        return CachedReference(self.tokens[i], self.targets[i])
 
 
 def use_targets(
@@ -309,7 +303,7 @@ def use_targets(
 ) -> Triplets:  # the data set
     "Let a data set read what the frozen modules give for its references and targets."
     tokens, targets = (cache.select(dataset.gallery.names) for cache in (tokens, targets))
-    dataset.pictures, dataset.target_pictures = KnownPictures(tokens, targets), targets
+    dataset.pictures, dataset.target_pictures = CachedReferences(tokens, targets), targets
     return dataset
 
 # %% ../../../nbs/library/cache.ipynb #479838e6
