@@ -19,7 +19,6 @@ UNTYPED: set[str] = {
     "cala/library/checkpoint.py",
     "cala/library/cli.py",
     "cala/library/gradcache.py",
-    "cala/library/probes.py",
     "cala/library/processes.py",
     "cala/library/run.py",
     "cala/library/show/cards.py",
