@@ -35,6 +35,7 @@ PUBLIC = {
     "load_released": "library.released",
     "write_cirr_submission": "library.submission",
     "train": "library.run",
+    "compute_effects": "library.ablation",
 }
 
 __all__ = ["__version__", *PUBLIC]

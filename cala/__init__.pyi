@@ -28,6 +28,7 @@ from .library.checkpoint import save_checkpoint as save_checkpoint
 from .library.released import load_released as load_released
 from .library.submission import write_cirr_submission as write_cirr_submission
 from .library.run import train as train
+from .library.ablation import compute_effects as compute_effects
 
 __version__: str
 PUBLIC: dict[str, str]
