@@ -125,7 +125,7 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert "--batch-size is 16 there and 8 here" in says("--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
     assert "--cir-frame is sum there and combiner here" in says("--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3)
     assert "unrecognized arguments: --bath-size 3; did you mean --batch-size?" in says("--bath-size", 3)
-    assert "argument --batch-size: invalid int value: 'many'" in says("--batch-size", "many")
+    assert "--batch-size many: give a whole number" in says("--batch-size", "many")
     assert not any((tmp_path / "out").iterdir())  # a refused run leaves nothing
 
 
