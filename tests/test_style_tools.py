@@ -30,7 +30,6 @@ UNTYPED: set[str] = {
     "cala/model.py",
     "cala/recipe.py",
     "cala/scripts/ablation.py",
-    "cala/scripts/benchmark.py",
     "cala/scripts/check.py",
     "cala/scripts/combiner.py",
     "cala/training.py",
