@@ -372,7 +372,7 @@ def test_a_panel_with_examples_does_not_change_the_run(world, tmp_path):
     for name in ("log.csv", "metrics.csv", "last/model.safetensors"):
         assert runs[0].output.joinpath(name).read_bytes() == runs[1].output.joinpath(name).read_bytes()
     ranks = evaluate(runs[1].model, data, progress=False).ranks["rank"]
-    expected = [f"  {data.caption(i)}: the target has rank {ranks[i]}" for i in (0, 9)]
+    expected = [f"  {data.caption(i)}: the target has rank {ranks[i]:g}" for i in (0, 9)]
     assert [line for line in lines if line.startswith("  ")][-2:] == expected
 
 
@@ -399,7 +399,7 @@ def test_votes_of_the_associations_are_the_training_logits(world):
     reference, caption = data[7]["reference"][None], data.caption(7)
     with evaluating(model):
         votes = association_votes(model, reference, caption, targets, {"TBIA", "CTR"})
-        F_r, F_c, F_t, F_r_alone = model.embed(reference, [caption], data[7]["target"][None])[:4]
+        F_r, F_c, F_t, F_r_alone = model.encode(reference, [caption], data[7]["target"][None])
         z_tbia = model.tbia_scale * model.hca(F_r.tokens, F_c.tokens, F_t.tokens) @ F_r.feature.T
         z_ctr = model.ctr_scale * model.tac(F_r_alone.tokens, F_t.tokens) @ F_c.feature.T
     assert votes["z_tbia"][data.targets[7]].item() == pytest.approx(z_tbia.item(), abs=1e-2)

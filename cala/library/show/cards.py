@@ -28,8 +28,8 @@ from .style import style
 def to_ranks(
     ranks: Iterable,  # a tensor, a list or a column of a table
 ) -> torch.Tensor:  # (Q,)
-    "Ranks of any form as a tensor."
-    return torch.tensor([int(rank) for rank in ranks])
+    "Ranks of any form as a tensor; ties make halves."
+    return torch.tensor([float(rank) for rank in ranks])
 
 
 def join_captions(
@@ -104,7 +104,7 @@ class Ranking:
     order: list  # gallery positions, best first; the first few are enough
     scores: Sequence | None = None  # of the pictures in `order`, to be shown
     target: int | None = None  # gallery position, None if it is not known
-    rank: int | None = None  # of the target, 1 = first; its place in `order` if None, so give it where scores tie
+    rank: float | None = None  # of the target, 1 = first; its place in `order` if None, so give it where scores tie
     note: str = ""  # a heading for the row
 
     def __post_init__(self):
@@ -135,8 +135,8 @@ def _place_ranking(row: np.ndarray, gallery: Gallery, ranking: Ranking, k: int):
             place_picture(box, gallery.picture(position), label)
     if ranking.misses(k):
         dots, box = row[2 + k :]
-        rank = ranking.rank or f"after {len(ranking.order)}"
-        place_picture(box, gallery.picture(ranking.target), f"{rank}\ntarget", VERMILION)
+        place = f"{ranking.rank:g}" if ranking.rank else f"after {len(ranking.order)}"
+        place_picture(box, gallery.picture(ranking.target), f"{place}\ntarget", VERMILION)
         dots.text(0.5, 0.5, "…", ha="center", size=14, color=GREY)
 
 
@@ -177,7 +177,7 @@ def show_rankings(
             order,
             scores=None if scores is None else scores[n],
             target=find(triplet.target) if triplet.target else None,
-            rank=None if ranks is None else int(ranks[n]),
+            rank=None if ranks is None else float(ranks[n]),
             note="" if notes is None else notes[n],
         )
         rankings.append(ranking)
@@ -213,5 +213,5 @@ def show_failures(
     worst = failures(ranks, kinds, per_kind, above)
     if not worst:
         raise CalaError(f"no query has a rank above {above}: there is no failure to show")
-    notes = [f"{kinds[i]}: the target has rank {ranks[i]}" for i in worst]
+    notes = [f"{kinds[i]}: the target has rank {ranks[i]:g}" for i in worst]
     return show_rankings(dataset, worst, [orders[i] for i in worst], None, ranks[worst], k, notes, save)

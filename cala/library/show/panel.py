@@ -138,7 +138,7 @@ class TrainingPanel(Movable):
         self.examples = draw_rankings(self.dataset.gallery, answers, k=5)
         if "widget" not in self.__dict__:
             for answer in answers:
-                self.say(f"  {answer.caption}: the target has rank {answer.rank}")
+                self.say(f"  {answer.caption}: the target has rank {answer.rank:g}")
 
     def read(
         self,

@@ -21,6 +21,7 @@ from ...contrast import association_logits
 from ...data import Gallery
 from ...data import Triplets
 from ...errors import CalaError
+from ...objectives import paper
 from ...retrieval import evaluating
 from ...retrieval import sections
 from .cards import Ranking
@@ -227,13 +228,12 @@ def association_votes(
     count = len(targets)
     logits = {}
     if "TBIA" in which:
-        bridged = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets)
-        z_tbia = association_logits(bridged, F_r.feature, scale=model.tbia_scale, normalise=model.normalise)
-        logits["z_tbia"] = z_tbia[:, 0]
+        mask = F_c.mask.expand(count, -1) if model.mask_padding else None
+        hca = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets, mask)
+        logits["z_tbia"] = association_logits(hca, F_r.feature, model.tbia_scale, model.normalise)[:, 0]
     if "CTR" in which:
-        composed = model.tac(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
-        z_ctr = association_logits(composed, F_c.feature, scale=model.ctr_scale, normalise=model.normalise)
-        logits["z_ctr"] = z_ctr[:, 0]
+        tac = model.tac(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
+        logits["z_ctr"] = association_logits(tac, F_c.feature, model.ctr_scale, model.normalise)[:, 0]
     return logits
 
 
@@ -244,15 +244,14 @@ def joint_scores(
     z_ctr: Tensor | None = None,  # (n,), if CTR votes
 ) -> Tensor:  # (n,)
     "Minus the loss that training would compute if a picture were the target; over the candidates, not over a batch."
-    weights = model.config
-    if weights["objective"] == "paper":
+    w_tbia, w_ctr = model.w_tbia, model.w_ctr
+    if model.objective is paper:
         scores = z_qtm.log_softmax(-1)
         if z_tbia is not None:
-            scores = scores + weights["alpha"] * z_tbia.log_softmax(-1)
+            scores = scores + w_tbia * z_tbia.log_softmax(-1)
         if z_ctr is not None:
-            scores = scores + weights["beta"] * z_ctr.log_softmax(-1)
+            scores = scores + w_ctr * z_ctr.log_softmax(-1)
         return scores
-    w_tbia, w_ctr = weights["hca_weight"], weights["tac_weight"]
     mixed = z_qtm if z_ctr is None else (1 - w_ctr) * z_qtm + w_ctr * z_ctr
     scores = mixed.log_softmax(-1)
     return scores if z_tbia is None else (1 - w_tbia) * scores + w_tbia * z_tbia.log_softmax(-1)
@@ -369,7 +368,9 @@ class QueryExplorer(Movable):
         order = scores.argsort(descending=True)
         rank = None
         if target is not None and (rivals == target).any():
-            rank = 1 + int((scores > scores[rivals == target]).sum())
+            bar = scores[rivals == target]
+            higher, ties = int((scores > bar).sum()), int((scores == bar).sum()) - 1
+            rank = 1 + higher + ties / 2  # as in the tables of `evaluate`
         return Ranking(reference, caption, rivals[order], scores[order].tolist(), target, rank, name)
 
     def ask(
@@ -427,7 +428,7 @@ class QueryExplorer(Movable):
         for name, ranking in self.rankings.items():
             parts = [ranking.note] if ranking.note else []
             if ranking.rank:
-                parts.append(f"the target has rank {ranking.rank}")
+                parts.append(f"the target has rank {ranking.rank:g}")
             self.titles[name].value = ": ".join(parts)
             for n, (button, position) in enumerate(zip(self.answers[name], ranking.order)):
                 text = f"{n + 1} · {ranking.scores[n]:.3g}"
