@@ -613,7 +613,7 @@ def chance(
         }
     return Result(describe_sections(as_list(dataset), parts) | summarise(metrics))
 
-# %% ../nbs/method/09_retrieval.ipynb #c7d013ad
+# %% ../nbs/method/09_retrieval.ipynb #eebbd14a
 def section_recalls(
     table: pd.DataFrame,  # from `rank_section`
     order: str = "mean",  # of tied pictures: mean over all orders, best or worst
@@ -657,7 +657,7 @@ def measure(
     if result["ties"] > result["queries"] / 2:
         warnings.warn(
             f"in {result['ties']:,} of {result['queries']:,} queries other pictures have exactly the target's score; "
-            "the model has collapsed to constant features, or the gallery holds many copies",
+            "the features have collapsed to a constant, or the gallery holds many copies",
             stacklevel=2,
         )
     return result
