@@ -170,21 +170,36 @@ class Gallery(Dataset):
         names, paths = [self.names[position] for position in rest], [self.paths[position] for position in rest]
         return Gallery(names, paths, self.transform, self.root, self.pixels is not None)
 
-# %% ../nbs/method/01_data.ipynb #61afd014
+# %% ../nbs/method/01_data.ipynb #6953592e
 class Triplets(Dataset):
     "The triplets of one split and their gallery. `CIRR` and `FashionIQ` add what is special about each."
 
     name = ""
 
-    def __init__(self, split: str, triplets: list[Triplet], gallery: Gallery, allow_missing: bool, seed: int):
-        self.split, self.triplets, self.gallery, self.seed = split, triplets, gallery, seed
-        self.pictures = gallery  # what items are read from, by position; a cache may take its place
+    def __init__(
+        self,
+        root: str | Path,  # the folder that holds the data sets, or the data set's own folder
+        split: str,  # train, val or test
+        transform: Any = None,  # picture -> tensor
+        keep: bool = False,  # keep pixels in memory
+        allow_missing: bool = False,  # go on without pictures that are missing
+        seed: int = 0,  # random seed of the texts in training
+    ):
+        self.root, self.split, self.seed = data_folder(root, self.name), parse_split(self.name, split), seed
+        names, paths, self.triplets = self.read()
+        self.gallery = Gallery(names, locate_pictures(self.root, paths), transform, self.root, keep)
+        self.pictures = self.gallery  # what items are read from, by position; a cache may take its place
         self.target_pictures = None  # the same for targets, if they are read from elsewhere
         self.left_out = dict(pictures=0, queries=0)
         self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self.find_positions()
         if allow_missing:
             self.require_pictures(allow_missing)
+
+    def read(self) -> tuple[list[str], list[str], list[Triplet]]:
+        "Names and published paths of the gallery, and the triplets."
+        annotations = read_annotations(self.root, self.name, self.split).raise_faults()
+        return annotations.names, annotations.paths, annotations.triplets
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -237,26 +252,11 @@ class Triplets(Dataset):
             index=i,
         )
 
-# %% ../nbs/method/01_data.ipynb #8fa6f254
+# %% ../nbs/method/01_data.ipynb #deb6f842
 class CIRR(Triplets):
     "CIRR: photographs, one sentence a triplet, groups of six similar pictures."
 
     name = "CIRR"
-
-    def __init__(
-        self,
-        root: str | Path,  # the folder that holds cirr_dataset, or that folder itself
-        split: str,  # train, val or test1
-        transform: Any = None,  # picture -> tensor
-        keep: bool = False,  # keep pixels in memory
-        allow_missing: bool = False,  # go on without pictures that are missing
-        seed: int = 0,  # nothing is drawn here
-    ):
-        split, self.root = parse_split(self.name, split), data_folder(root, self.name)
-        annotations = read_annotations(self.root, self.name, split).raise_faults()
-        paths = locate_pictures(self.root, annotations.paths)
-        gallery = Gallery(annotations.names, paths, transform, self.root, keep)
-        super().__init__(split, annotations.triplets, gallery, allow_missing, seed)
 
     @property
     def groups(self) -> Tensor | None:
@@ -292,7 +292,7 @@ def gallery_names(
         raise CalaError("protocol val ranks references and targets; this split has no targets")
     return [name for name in annotations.names if name in used]
 
-# %% ../nbs/method/01_data.ipynb #f1bc6c4f
+# %% ../nbs/method/01_data.ipynb #3bcc1ab7
 class FashionIQ(Triplets):
     "FashionIQ: garments, two sentences a triplet, three categories with a gallery each."
 
@@ -309,14 +309,16 @@ class FashionIQ(Triplets):
         allow_missing: bool = False,  # go on without pictures that are missing
         seed: int = 0,  # random seed of the texts in training
     ):
-        split, self.root = parse_split(self.name, split), data_folder(root, self.name)
         self.categories, self.protocol = parse_categories(categories), protocol
-        parts = [read_annotations(self.root, self.name, split, each).raise_faults() for each in self.categories]
-        self.ranked = {each: gallery_names(part, protocol) for each, part in zip(self.categories, parts)}
+        super().__init__(root, split, transform, keep, allow_missing, seed)
+
+    def read(self) -> tuple[list[str], list[str], list[Triplet]]:
+        "Names and published paths of the gallery, and the triplets, of all categories together."
+        parts = [read_annotations(self.root, self.name, self.split, each).raise_faults() for each in self.categories]
+        self.ranked = {each: gallery_names(part, self.protocol) for each, part in zip(self.categories, parts)}
         names = list(dict.fromkeys(name for ranked in self.ranked.values() for name in ranked))
-        paths = locate_pictures(self.root, [f"images/{name}.jpg" for name in names])
         triplets = [triplet for part in parts for triplet in part.triplets]
-        super().__init__(split, triplets, Gallery(names, paths, transform, self.root, keep), allow_missing, seed)
+        return names, [f"images/{name}.jpg" for name in names], triplets
 
     def caption(self, i: int) -> str:
         "The text of triplet `i`; in training drawn from (seed, epoch, i)."

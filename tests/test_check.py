@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cala.library.cli import run_command
 from cala.library import environment
-from cala.scripts import check
-from cala.library.worlds.scenes import draw_cirr
+from cala.library.cli import run_command
 from cala.library.worlds.garments import draw_fashioniq
+from cala.library.worlds.scenes import draw_cirr
+from cala.scripts import check
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -30,24 +30,33 @@ def root(tmp_path):
 def run(capsys):
     def run(*words):
         status = 0
-        try: run_command(check.main.__wrapped__, [str(word) for word in words], prog="cala-check")
-        except SystemExit as end: status = end.code
+        try:
+            run_command(check.main.__wrapped__, [str(word) for word in words], prog="cala-check")
+        except SystemExit as end:
+            status = end.code
         said = capsys.readouterr()
         return status, said.out, said.err
+
     return run
 
 
 def test_as_a_module_it_prints_the_table_and_ends_with_status_0(root):
-    done = subprocess.run([sys.executable, "-m", "cala.scripts.check", "--data-root", str(root), "--deep"], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "cala.scripts.check", "--data-root", str(root), "--deep"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "all is well" and len(done.stdout.splitlines()) == 16  # 2 places, heading, 12 rows, verdict
+    assert (
+        done.stdout.splitlines()[-1] == "all is well" and len(done.stdout.splitlines()) == 16
+    )  # 2 places, heading, 12 rows, verdict
 
 
 def test_holes_end_with_status_1_and_are_named(root, run):
     lost, torn = sorted((root / "cirr_dataset" / "dev").iterdir())[:2]
     lost.unlink()
-    torn.write_bytes(torn.read_bytes()[:len(torn.read_bytes()) // 2])
+    torn.write_bytes(torn.read_bytes()[: len(torn.read_bytes()) // 2])
     status, out, err = run("--data-root", root)
     assert (status, err) == (1, "") and str(lost) in out and str(torn) not in out and "--allow-missing" in out
     status, out, err = run("--data-root", root, "--deep")
@@ -63,15 +72,18 @@ def test_bad_annotations_end_with_status_1_and_say_which_entry(root, run):
     assert status == 1 and f"{file} entry 2: has no target" in out and "must be corrected" in out
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--data-root", "nowhere"], "nowhere holds neither"),
-    (["--depp"], "unrecognized arguments: --depp"),
-    (["--data-root"], "expected one argument"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--data-root", "nowhere"], "nowhere holds neither"),
+        (["--depp"], "unrecognized arguments: --depp"),
+        (["--data-root"], "expected one argument"),
+    ],
+)
 def test_a_wrong_command_ends_with_status_2_and_one_clear_line(words, says, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(*words)
-    line, = err.splitlines()
+    (line,) = err.splitlines()
     assert status == 2 and line.startswith("cala-check: ") and says in line
 
 
@@ -90,7 +102,11 @@ def test_environment_names_python_packages_and_devices(run):
 
 
 def test_environment_says_what_is_missing_or_of_a_wrong_version(run, monkeypatch):
-    monkeypatch.setattr(environment, "requires", lambda name: ["torch<1", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"])
+    monkeypatch.setattr(
+        environment,
+        "requires",
+        lambda name: ["torch<1", "surely-not-there", "nor-this; extra == 'track'", "pillow; python_version < '3'"],
+    )
     status, out, err = run("--environment")
     assert status == 1 and out.splitlines()[-1] == "to install: torch, surely-not-there"
     assert "pip install cala[track]" in out
@@ -98,27 +114,38 @@ def test_environment_says_what_is_missing_or_of_a_wrong_version(run, monkeypatch
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published annotations are not here")
 def test_the_published_validation_splits_are_complete_with_a_picture_for_every_name(run, tmp_path):
-    for name in ("cirr_dataset", "fashionIQ_dataset"): stand_in(tmp_path, name)
+    for name in ("cirr_dataset", "fashionIQ_dataset"):
+        stand_in(tmp_path, name)
     status, out, err = run("--data-root", tmp_path)
-    rows = [line.split() for line in out.splitlines() if " val " in line and line.lstrip().startswith(("CIRR", "FashionIQ"))]
-    assert (status, err) == (1, "") and "no annotation file" in out    # CIRR's captions of train were not published with these
-    assert rows == [["CIRR", "val", "-", "4181", "2297", "2297", "0", "0", "-"],
-                    ["FashionIQ", "val", "dress", "2017", "3817", "3817", "0", "0", "2628"],
-                    ["FashionIQ", "val", "shirt", "2038", "6346", "6346", "0", "0", "3089"],
-                    ["FashionIQ", "val", "toptee", "1961", "5373", "5373", "0", "0", "2902"]]
+    rows = [
+        line.split() for line in out.splitlines() if " val " in line and line.lstrip().startswith(("CIRR", "FashionIQ"))
+    ]
+    assert (status, err) == (
+        1,
+        "",
+    ) and "no annotation file" in out  # CIRR's captions of train were not published with these
+    assert rows == [
+        ["CIRR", "val", "-", "4181", "2297", "2297", "0", "0", "-"],
+        ["FashionIQ", "val", "dress", "2017", "3817", "3817", "0", "0", "2628"],
+        ["FashionIQ", "val", "shirt", "2038", "6346", "6346", "0", "0", "3089"],
+        ["FashionIQ", "val", "toptee", "1961", "5373", "5373", "0", "0", "2902"],
+    ]
 
 
 def stand_in(root, name):
-    "Published annotations, and one tiny picture under every name of the validation splits (hard links: no file costs more than a name)."
+    "Published annotations, and one tiny picture under every name of the validation splits, as hard links."
     root.joinpath(name).mkdir()
     Image.new("1", (1, 1)).save(picture := root / name / "one.png")
     for file in (PUBLISHED / name).rglob("*.json"):
         copy = root / name / file.relative_to(PUBLISHED / name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-        if not file.match("split.*.val.json"): continue
+        if not file.match("split.*.val.json"):
+            continue
         content = json.loads(file.read_text())
         places = content.values() if isinstance(content, dict) else [f"images/{each}.png" for each in content]
-        for folder in {os.path.dirname(place) for place in places}: (root / name / folder).mkdir(parents=True, exist_ok=True)
+        for folder in {os.path.dirname(place) for place in places}:
+            (root / name / folder).mkdir(parents=True, exist_ok=True)
         for place in places:
-            if not (root / name / place).exists(): os.link(picture, root / name / place)
+            if not (root / name / place).exists():
+                os.link(picture, root / name / place)

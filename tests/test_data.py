@@ -1,4 +1,4 @@
-"Reading both data sets: published counts, every layout, hostile pictures and annotations, batches that do not depend on workers."
+"Both data sets: published counts, layouts, hostile pictures and annotations, batches that do not depend on workers."
 
 import json
 import os
@@ -164,7 +164,8 @@ def test_fashioniq_is_read_from_every_layout(root, kind):
             path.rename(images / "dress" / path.name)
     if kind == "png":
         for path in list(images.iterdir()):
-            Image.open(path).save(path.with_suffix(".PNG")), path.unlink()
+            Image.open(path).save(path.with_suffix(".PNG"))
+            path.unlink()
     data = FashionIQ(folder if kind == "own folder" else root, "val")
     assert data.gallery.missing == [] and data[0]["target"].size == (32, 32)
 
@@ -278,10 +279,8 @@ def test_each_data_set_is_known_by_its_files_and_not_taken_for_the_other(root):
 
 def test_the_check_says_where_it_found_what(root):
     cirr, fashioniq = audit(root).places
-    assert (
-        f"CIRR in {root / 'cirr_dataset'}: annotations in cirr/captions, cirr/image_splits; pictures in dev, test1, train"
-        == cirr
-    )
+    places = "annotations in cirr/captions, cirr/image_splits; pictures in dev, test1, train"
+    assert cirr == f"CIRR in {root / 'cirr_dataset'}: {places}"
     assert (
         f"FashionIQ in {root / 'fashionIQ_dataset'}: annotations in captions, image_splits; pictures in images"
         == fashioniq
@@ -552,7 +551,9 @@ def test_with_allow_missing_every_result_of_every_command_says_how_many(tmp_path
         for path in lost[split].paths[:count]:
             path.unlink()
     words = ["--dataset", name, "--data-root", root, "--allow-missing", "--output"]
-    counts = lambda path: pd.read_csv(path)[["missing", "missing_train"]].drop_duplicates().values.tolist()
+
+    def counts(path):
+        return pd.read_csv(path)[["missing", "missing_train"]].drop_duplicates().values.tolist()
 
     with (
         pytest.warns(UserWarning, match=f"3 of .* pictures of {name} train are missing and left out"),
