@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cala.library.cache.policy
+import cala.library.cache
 import cala.library.cache.build
 import cala.library.cache.files
 import cala.training

@@ -40,7 +40,7 @@ from ..encoders import pretrain
 from ..encoders import read_vocabulary
 from ..encoders import save_backbone
 from ..errors import CalaError
-from .cache.policy import use_caches
+from .cache import use_caches
 from .files import write_atomically
 from .flags import Ablation
 from .probes import probe
