@@ -157,6 +157,7 @@ def test_the_readme_shows_the_committed_effects():
         ("both", "QTM", "both released raw 0.1/0.45"),
         ("both", "QTM", "QTM at scale 55"),
         ("both", "QTM", "both paper raw 0.1/0.1 at scale 55"),
+        ("scale", "QTM at scale 100", "QTM at scale 6"),
     ]
     for setting, against, arm in shown:
         effects = ablation.compute_effects(rows[rows.setting == setting], against=against).set_index(["arm", "world"])
@@ -165,3 +166,4 @@ def test_the_readme_shows_the_committed_effects():
             effect = effects.loc[(arm, world)]
             cells.append(f"{effect['mean']:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})")
         assert " | ".join(cells) in readme, arm
+    assert f"{len(rows)} short trainings" in readme
