@@ -677,7 +677,7 @@ def measure_epoch(
     model.zero_grad(set_to_none=True)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/benchmark.ipynb #1cb22db0
+# %% ../../nbs/library/benchmark.ipynb #ff1cb1b7
 def describe_device(
     device: torch.device,
 ) -> str:
@@ -798,8 +798,10 @@ def describe_parts(
     if "artemis" in results:
         lines.append(fill(ARTEMIS, ARTEMIS_SPEED_UP, **results["artemis"]))
     if "loading" in results:
-        loading = results["loading"].assign(bytes=results["loading"]["bytes"].map(format_bytes))
-        lines.append("what one process reads:\n" + loading.round({"per second": 0}).to_string(index=False))
+        loading = results["loading"].copy()
+        loading["bytes"] = loading["bytes"].map(format_bytes)
+        loading["per second"] = loading["per second"].map("{:,.0f}".format)
+        lines.append("what one process reads:\n" + loading.to_string(index=False))
     if "epoch" in results:
         lines += [fill(EPOCH, EPOCH_SPEED_UP, **row) for row in results["epoch"].to_dict("records")]
     return lines
