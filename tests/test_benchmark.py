@@ -248,7 +248,7 @@ def test_the_cell_for_a_gpu_runs_on_a_cpu_at_reduced_shapes(tmp_path, capsys):
         assert rows.loss.max() - rows.loss.min() < 0.05 * rows.loss.max(), mode  # half precision rounds
 
 
-def test_the_committed_results_have_the_agreed_form_and_are_those_that_readme_cites():
+def test_the_committed_results_have_the_agreed_form_and_are_those_that_readme_and_lesson_cite():
     summary = json.loads((ROOT / "nbs/images/benchmark.json").read_text())
     assert list(summary) == KEYS
     assert summary["command"].startswith("python -m cala.scripts.benchmark --size full")
@@ -256,11 +256,14 @@ def test_the_committed_results_have_the_agreed_form_and_are_those_that_readme_ci
     check_levels(summary["levels"])
     readme = (ROOT / "README.md").read_text()
     assert summary["command"] in readme
-    assert summary["device"] in readme
+    assert summary["device"] == "cpu: Intel(R) Xeon(R) Processor, 1 threads"
+    assert "Intel Xeon with one thread" in " ".join(readme.split())
     for row in summary["levels"]:
         assert f"| {row['mode']} | {row['level']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in readme
+    assert f"{summary['ranking']['ratio']:.1f} times as long" in readme
+    lesson = (ROOT / "nbs/library/benchmark.ipynb").read_text()
     for part in ("ranking", "artemis"):
-        assert f"{summary[part]['ratio']:.1f}" in readme
+        assert f", speed-up {summary[part]['ratio']:.1f}, " in lesson
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
