@@ -1,4 +1,5 @@
-"Models for the commands that only read them: a tiny one that learned nothing, and BLIP-2 as the released program saves it."
+"Models for commands that read one: a tiny untrained model, and BLIP-2 in the files of the released program."
+
 import torch
 
 from cala.encoders import make_backbone
@@ -14,11 +15,14 @@ def tiny(frame="sum", seed=0, **options):
 
 
 def blip2_in_three_files(folder, **options):
-    "A reduced BLIP-2 whose three Q-Formers differ, and the words of the seed's command line that name a file for each."
+    "A reduced BLIP-2 whose three Q-Formers differ, and the words of the released command line that name their files."
     backbone, words = make_backbone("blip2", random_weights="small", **options), []
     for number, role in enumerate(ROLES):
         torch.manual_seed(number)
-        for parameter in getattr(backbone, role).parameters(): torch.nn.init.normal_(parameter, std=0.05)
-        torch.save({"epoch": 1, "Blip2Qformer": getattr(backbone, role).state_dict()}, folder / f"saved_blip2_{role}.pt")
+        for parameter in getattr(backbone, role).parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        torch.save(
+            {"epoch": 1, "Blip2Qformer": getattr(backbone, role).state_dict()}, folder / f"saved_blip2_{role}.pt"
+        )
         words += [f"--blip2-{role}-path", folder / f"saved_blip2_{role}.pt"]
     return backbone, words

@@ -1,4 +1,5 @@
-"Real annotations with pictures that stand in for those which nobody may hand on: one small picture drawn for each name."
+"Real annotations with a small drawn picture for each name, because the real pictures may not be passed on."
+
 import hashlib
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset"}
 
 
 def stand_in_root(real, root, name, split):
-    "Copy a data set's annotations from `real` and draw an 8 x 8 picture, coloured by its name, for all of a split; the data root."
+    "Copy annotations from `real`, and draw an 8 x 8 picture, coloured by its name, for all of a split; the data root."
     folder = Path(root) / FOLDERS[name]
     shutil.copytree(Path(real) / FOLDERS[name], folder)
     gallery = open_dataset(name, root, split).gallery
