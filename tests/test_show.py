@@ -286,15 +286,15 @@ def test_a_browser_finds_by_kind_and_by_words(world):
     kinds = edit_kinds(data)
     browser = TripletBrowser(data, kinds)
     word = data.caption(kinds.index("add")).split()[-1]
-    found = browser.find("add", word)
-    assert found and all(kinds[i] == "add" and word in data.caption(i) for i in found)
+    matches = browser.find("add", word)
+    assert matches and all(kinds[i] == "add" and word in data.caption(i) for i in matches)
     assert len(browser.figure().axes) == 3
     assert browser.find(text="no such word") == [] and browser.go() is None
     assert "no triplet has these words" in browser.figure().axes[0].texts[0].get_text()
     assert repr(browser) == f"TripletBrowser: 0 of {len(data)} triplets"
-    found = browser.find(text="the")
-    assert [browser.go() for _ in found] == found[1:] + found[:1]
-    assert TripletBrowser(data).find(text="the") == found
+    matches = browser.find(text="the")
+    assert [browser.go() for _ in matches] == matches[1:] + matches[:1]
+    assert TripletBrowser(data).find(text="the") == matches
 
 
 def test_hand_and_program_move_the_same_browser(world):
@@ -304,7 +304,7 @@ def test_hand_and_program_move_the_same_browser(world):
     assert sorted(browser._repr_mimebundle_()) == keys
     browser.kind_menu.value = "remove"
     browser.text_box.value = "the"
-    assert browser.count.value == f"1 of {len(browser.found)}" and "<img" in browser.card.value
+    assert browser.count.value == f"1 of {len(browser.matches)}" and "<img" in browser.card.value
     browser.next.click()
     assert browser.at == 1
     browser.previous.click()

@@ -187,7 +187,7 @@ def show_rankings(
 def failures(
     ranks: Iterable,  # (Q,) ranks of the targets
     kinds: Sequence[str],  # (Q,) kind of each query's edit
-    per_kind: int = 1,  # at most so many of each kind
+    per_kind: int = 1,  # queries of each kind, at most
     above: int = 1,  # a failure is a rank above this
 ) -> list[int]:  # query numbers
     "The worst failures of each kind; the kind with the largest share of failures comes first."
@@ -203,7 +203,7 @@ def show_failures(
     ranks: Iterable,  # (Q,) ranks of the targets
     orders: Sequence,  # (Q, n) gallery positions, best first
     kinds: Sequence[str],  # (Q,) kind of each query's edit
-    per_kind: int = 1,  # at most so many of each kind
+    per_kind: int = 1,  # queries of each kind, at most
     above: int = 1,  # a failure is a rank above this
     k: int = 5,  # pictures in a row
     save: str | Path | None = None,  # path .png or .svg

@@ -140,7 +140,7 @@ def _fill_panel(ax: Axes, title: str, lines: list[Line], smooth: float):
     highest = 103 if "%" in title else 1.05 * ax.dataLim.ymax  # percentages keep their whole range
     ax.set(title=title, ylim=(0, highest if 0 < highest < math.inf else None))
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     if len(lines) > 1 or "%" in title or lines[0].label not in title:
         below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.4, borderpad=0)
         ax.legend(fontsize=8, ncols=_count_name_columns(lines), columnspacing=1, **below)
@@ -200,8 +200,8 @@ def per_kind_recall(
 ) -> Page:
     "Recall at k for each kind of edit, the hardest first, with the number of queries and a 95% interval."
     models = ranks if isinstance(ranks, Mapping) else {"": ranks}
-    found = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
-    groups = found.groupby(pd.Series(kinds).to_numpy())
+    is_found = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
+    groups = is_found.groupby(pd.Series(kinds).to_numpy())
     counts, hits = groups.size(), groups.sum()
     order = (hits.iloc[:, 0] / counts).sort_values(kind="stable").index
     height = 0.5 + len(order) * max(0.3, 0.2 * len(models))

@@ -117,8 +117,8 @@ class TripletBrowser(Movable):
         members: bool = False,  # also the group of six
     ):
         self.dataset, self.kinds, self.members = dataset, kinds, members
-        self.found = list(range(len(dataset.triplets)))
-        self.at = 0  # place in `found`
+        self.matches = list(range(len(dataset.triplets)))
+        self.at = 0  # place in `matches`
         self.kind, self.text = "all", ""
 
     def find(
@@ -128,33 +128,33 @@ class TripletBrowser(Movable):
     ) -> list[int]:  # numbers of the triplets found
         "Choose the triplets to look at; the first of them becomes the current one."
         words = text.lower().split()
-        found = []
+        matches = []
         for i, triplet in enumerate(self.dataset.triplets):
             caption = join_captions(triplet).lower()
             if kind in ("all", self.kinds and self.kinds[i]) and all(word in caption for word in words):
-                found.append(i)
-        self.found, self.at, self.kind, self.text = found, 0, kind, text
+                matches.append(i)
+        self.matches, self.at, self.kind, self.text = matches, 0, kind, text
         self.update_widget()
-        return found
+        return matches
 
     def go(
         self,
         steps: int = 1,  # forward, or backward if negative
     ) -> int | None:  # number of the triplet; None if nothing was found
         "Step to another of the triplets found."
-        if not self.found:
+        if not self.matches:
             return None
-        self.at = (self.at + steps) % len(self.found)
+        self.at = (self.at + steps) % len(self.matches)
         self.update_widget()
-        return self.found[self.at]
+        return self.matches[self.at]
 
     def __repr__(self):
-        return f"TripletBrowser: {len(self.found)} of {len(self.dataset.triplets)} triplets"
+        return f"TripletBrowser: {len(self.matches)} of {len(self.dataset.triplets)} triplets"
 
     def figure(self) -> Page:
         "The current triplet."
-        if self.found:
-            return show_triplet(self.dataset, self.found[self.at], self.members)
+        if self.matches:
+            return show_triplet(self.dataset, self.matches[self.at], self.members)
         page, boxes = make_boxes([4.5], 1, 0.6)
         place_text(boxes[0, 0], "no triplet has these words", arrow=False)
         return page
@@ -162,9 +162,9 @@ class TripletBrowser(Movable):
     def fill_widget(self):
         "Bring filters, count and picture up to date."
         self.kind_menu.value, self.text_box.value = self.kind, self.text
-        if self.found:
-            self.count.value = f"{self.at + 1} of {len(self.found)}"
-            caption = join_captions(self.dataset.triplets[self.found[self.at]])
+        if self.matches:
+            self.count.value = f"{self.at + 1} of {len(self.matches)}"
+            caption = join_captions(self.dataset.triplets[self.matches[self.at]])
         else:
             self.count.value = "none"
             caption = "nothing found"
