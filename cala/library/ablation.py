@@ -506,7 +506,7 @@ def run_ablation(
             table.to_csv(folder / name, index=False)
     return rows
 
-# %% ../../nbs/library/ablation.ipynb #b5d23797
+# %% ../../nbs/library/ablation.ipynb #cdebcfcb
 def pair_differences(
     rows: pd.DataFrame,  # of `read_rows`
     metric: str = "kept_mean",  # a column
@@ -535,7 +535,7 @@ def compute_effects(
     metric: str = "kept_mean",  # a column
     against: str = "QTM",  # the arm to compare with
 ) -> pd.DataFrame:
-    "What each arm gains: a row a setting, world and arm, with mean, deviation, low, high, above (seeds with a gain), seeds."
+    "What each arm gains: mean, deviation, low, high, above (seeds with a gain), seeds; one row an arm and world."
     effects = []
     for place, group in pair_differences(rows, metric, against).groupby(["setting", "world", "arm"]):
         low, high = bootstrap_interval(group.difference)

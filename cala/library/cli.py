@@ -40,7 +40,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 class FlagParser(ArgumentParser):
     "An argparse parser that raises a `CalaError` where argparse would print its usage and exit."
 
-    def error(self, message):
+    def error(
+        self,
+        message: str,  # argparse's words
+    ):
         raise CalaError(f"{message}; --help lists every flag")
 
 
