@@ -1,6 +1,7 @@
 """CaLa: composed image retrieval with complementary associations (SIGIR 2024).
 
-The names in `PUBLIC` are the public interface. Each is imported on first use, so that `import cala` costs next to nothing."""
+The names in `PUBLIC` are the public interface. Each is imported on first use, so that `import cala` is fast.
+"""
 
 from importlib import import_module
 

@@ -1,4 +1,5 @@
-"""What every test shares: one thread a process, and dice that fall alike in whatever order the tests run."""
+"""Shared by all tests: one thread per process, the same random state before every test, and the small world."""
+
 import os
 import random
 
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from small_runs import server  # noqa: F401
+from small_runs import world  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    "Set the random state, so that the order of the tests does not matter."
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"cala-combiner as a whole: what it trains, what it keeps, and that cala-validate reads it back to the same numbers."
+"cala-combiner as a whole: what it trains, what it saves, and that cala-validate gives the same numbers."
+
 import subprocess
 import sys
 
@@ -6,19 +7,19 @@ import pandas as pd
 import pytest
 import torch
 
-from cala.library.cli import parse_flags
-from cala.library.flags import CombinerRecipe
-from cala.library.cli import run_command
 from cala.composition import Combiner
 from cala.data import open_dataset
 from cala.encoders import load_backbone
-from cala.model import CaLa
 from cala.library.checkpoint import load_checkpoint
-from cala.library.combiner import PICTURE_ALONE
-from cala.library.combiner import TextFeatures
-from cala.library.released import load_released
 from cala.library.checkpoint import read_recipe
 from cala.library.checkpoint import save_checkpoint
+from cala.library.cli import parse_flags
+from cala.library.cli import run_command
+from cala.library.combiner import PICTURE_ALONE
+from cala.library.combiner import TextFeatures
+from cala.library.flags import CombinerRecipe
+from cala.library.released import load_released
+from cala.model import CaLa
 from cala.scripts import combiner
 from cala.scripts import validate
 from small_runs import draw_small_world
@@ -27,139 +28,216 @@ from small_runs import lines_of
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "Both data sets, and a checkpoint of a small backbone that was trained with the sum."
+    "Both data sets, and a checkpoint of a small backbone with the frame Sum."
     root = draw_small_world(tmp_path_factory.mktemp("world"))
     torch.manual_seed(0)
-    save_checkpoint(CaLa(load_backbone(root / "small.safetensors")), root / "sum", recipe=dict(dataset="CIRR", transform="squarepad", target_ratio=1.25))
+    save_checkpoint(
+        CaLa(load_backbone(root / "small.safetensors")),
+        root / "sum",
+        recipe=dict(dataset="CIRR", transform="squarepad", target_ratio=1.25),
+    )
     return root
 
 
 CLIP = ["--clip-model-name", "RN50x4", "--random-weights", "small"]
 
 
-def words(world, output, *more): return [str(w) for w in ("--data-root", world, "--device", "cpu", "--output", output, *more)]
-def run(world, output, *more): return run_command(combiner.main, words(world, output, *more), prog="cala-combiner")
-def judged(world, output, *more): return run_command(validate.main, words(world, output, *more), prog="cala-validate")["combiner"]
+def make_flags(world, output, *more):
+    "The flags of both commands, as texts."
+    return [str(word) for word in ("--data-root", world, "--device", "cpu", "--output", output, *more)]
 
 
-def refused(capsys, *args):
-    "The one line of a command that ends with status 2."
+def run(world, output, *more):
+    "Run cala-combiner."
+    return run_command(combiner.main, make_flags(world, output, *more), prog="cala-combiner")
+
+
+def validate_combiner(world, output, *more):
+    "The metrics of the combiner in cala-validate."
+    return run_command(validate.main, make_flags(world, output, *more), prog="cala-validate")["combiner"]
+
+
+def error_line(capsys, *args):
+    "The only line of a cala-combiner that ends with status 2."
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended: run(*args)
+    with pytest.raises(SystemExit) as ended:
+        run(*args)
     assert ended.value.code == 2
-    line, = lines_of(capsys.readouterr().err)
+    (line,) = lines_of(capsys.readouterr().err)
     assert line.startswith("cala-combiner: ")
     return line
 
 
-def best_row(folder):
-    "The row of metrics.csv that was kept, less what is no metric."
+def best_metrics(folder):
+    "The metrics of the best epoch in metrics.csv."
     metrics = pd.read_csv(folder / "metrics.csv")
     return metrics.loc[metrics.score.idxmax()].drop(["epoch", "score", "missing_train"])
 
 
-def same(row, result):
+def assert_same(row, result):
+    "Fail unless both hold the same metrics with the same values."
     assert set(row.index) == set(result)
-    for key, value in result.items(): assert row[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value), key
+    for key, value in result.items():
+        expected = pytest.approx(value, abs=1e-9) if isinstance(value, float) else value
+        assert row[key] == expected, key
 
 
-@pytest.mark.parametrize("more", [["--dataset", "CIRR"], ["--dataset", "FashionIQ"], ["--dataset", "FashionIQ", "--protocol", "val", "--categories", "dress"]])
-def test_a_checkpoint_of_it_reaches_in_cala_validate_what_its_log_says(world, tmp_path, capsys, more):
-    run(world, tmp_path / "run", "--checkpoint", world / "sum", "--num-epochs", 3, "--learning-rate", "1e-3", *more)
-    assert f"evaluate it with cala-validate --checkpoint {tmp_path / 'run/best'}" in capsys.readouterr().out
-    same(best_row(tmp_path / "run"), judged(world, tmp_path / "judged", "--checkpoint", tmp_path / "run/best", *more[2:]))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "log.csv", "metrics.csv"]  # a Q-Former's own query would not fit
-    assert list(pd.read_csv(tmp_path / "run/log.csv").columns) == ["epoch", "loss"] and len(pd.read_csv(tmp_path / "run/metrics.csv")) == 3
-    said = read_recipe(tmp_path / "run/best")["recipe"]
-    assert (said["transform"], said["weights"]["checkpoint"]["sha256"]) == ("squarepad", read_recipe(world / "sum")["sha256"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--dataset", "CIRR"],
+        ["--dataset", "FashionIQ"],
+        ["--dataset", "FashionIQ", "--protocol", "val", "--categories", "dress"],
+    ],
+)
+def test_cala_validate_gives_the_numbers_of_the_log_for_the_best_checkpoint(world, tmp_path, capsys, more):
+    folder, best = tmp_path / "run", tmp_path / "run/best"
+    run(world, folder, "--checkpoint", world / "sum", "--num-epochs", 3, "--learning-rate", "1e-3", *more)
+    assert f"evaluate it with cala-validate --checkpoint {best}" in capsys.readouterr().out
+    result = validate_combiner(world, tmp_path / "validated", "--checkpoint", best, *more[2:])
+    assert_same(best_metrics(folder), result)
+    # There is no combiner.pt: the query of a Q-Former would not fit into it.
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "log.csv", "metrics.csv"]
+    assert list(pd.read_csv(folder / "log.csv").columns) == ["epoch", "loss"]
+    assert len(pd.read_csv(folder / "metrics.csv")) == 3
+    recipe = read_recipe(best)["recipe"]
+    assert recipe["transform"] == "squarepad"
+    assert recipe["weights"]["checkpoint"]["sha256"] == read_recipe(world / "sum")["sha256"]
 
 
-def test_with_clip_the_released_form_is_read_by_the_seeds_command_line(world, tmp_path):
-    run(world, tmp_path / "run", "--dataset", "CIRR", *CLIP, "--num-epochs", 2, "--projection-dim", 24, "--hidden-dim", 40, "--transform", "targetpad", "--target-ratio", "1.25")
-    seed = ["--dataset", "CIRR", "--combining-function", "combiner", "--projection-dim", 24, "--hidden-dim", 40, "--target-ratio", "1.25", "--transform", "targetpad", *CLIP]
+def test_with_clip_the_released_flags_of_cala_validate_read_the_released_form(world, tmp_path):
+    shared = ["--dataset", "CIRR", "--projection-dim", 24, "--hidden-dim", 40]
+    shared += ["--transform", "targetpad", "--target-ratio", "1.25", *CLIP]
+    run(world, tmp_path / "run", *shared, "--num-epochs", 2)
+    metrics = best_metrics(tmp_path / "run")
+    released = ["--combining-function", "combiner", *shared]
     for number, path in enumerate((tmp_path / "run/combiner.pt", tmp_path / "run/best")):
-        same(best_row(tmp_path / "run"), judged(world, tmp_path / str(number), "--combiner-path", path, *seed))
-    same(best_row(tmp_path / "run"), judged(world, tmp_path / "whole", "--checkpoint", tmp_path / "run/best"))
+        result = validate_combiner(world, tmp_path / str(number), "--combiner-path", path, *released)
+        assert_same(metrics, result)
+    assert_same(metrics, validate_combiner(world, tmp_path / "whole", "--checkpoint", tmp_path / "run/best"))
     content = torch.load(tmp_path / "run/combiner.pt", weights_only=True)
-    assert set(content) == {"epoch", "Combiner"} and isinstance(content["epoch"], int)
-    assert load_checkpoint(tmp_path / "run/best").backbone.config["name"] == "clip"  # its query holds no text anyway
+    assert set(content) == {"epoch", "Combiner"}
+    assert isinstance(content["epoch"], int)
+    # The query of CLIP holds no text, so the checkpoint needs no other backbone.
+    assert load_checkpoint(tmp_path / "run/best").backbone.config["name"] == "clip"
 
 
-def test_only_the_combiner_trains_and_its_first_loss_is_that_of_the_formula(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(Combiner.__init__, "__defaults__", (None, None, 0., 100.))  # no dropout
+def test_only_the_combiner_trains_and_its_first_loss_follows_the_formula(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Combiner.__init__, "__defaults__", (None, None, 0.0, 100.0))  # no dropout
     run(world, tmp_path / "run", "--dataset", "CIRR", "--checkpoint", world / "sum", "--num-epochs", 1, "--seed", 5)
     before, after = load_checkpoint(world / "sum"), load_checkpoint(tmp_path / "run/best")
-    for name, tensor in before.backbone.state_dict().items(): assert torch.equal(tensor, after.backbone.state_dict()[name]), name
-    data, backbone = open_dataset("CIRR", world, "train", before.backbone.transform("squarepad", 1.25)), before.backbone
+    for name, tensor in before.backbone.state_dict().items():
+        assert torch.equal(tensor, after.backbone.state_dict()[name]), name
+
+    backbone = before.backbone
+    data = open_dataset("CIRR", world, "train", backbone.transform("squarepad", 1.25))
     torch.manual_seed(5)
     frame = Combiner(32)
     with torch.no_grad():
-        gallery = backbone.image(backbone.trunk(torch.stack([data.gallery[i] for i in range(len(data.gallery))]))).feature
-        scores = frame.scores(gallery[data.references], backbone.text([data.caption(i) for i in range(len(data))]).feature, gallery[data.targets])
-    assert pd.read_csv(tmp_path / "run/log.csv").loss[0] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.arange(len(data)))), abs=1e-4)
+        pictures = torch.stack([data.gallery[i] for i in range(len(data.gallery))])
+        gallery = backbone.image(backbone.trunk(pictures)).feature
+        texts = backbone.text([data.caption(i) for i in range(len(data))]).feature
+        scores = frame.scores(gallery[data.references], texts, gallery[data.targets])
+    expected = float(torch.nn.functional.cross_entropy(scores, torch.arange(len(data))))
+    assert pd.read_csv(tmp_path / "run/log.csv").loss[0] == pytest.approx(expected, abs=1e-4)
     assert any(not torch.equal(a, b) for a, b in zip(frame.parameters(), after.frame.parameters()))
 
 
-def test_a_sentence_goes_through_the_backbone_once_in_all_epochs_and_texts_are_those_of_the_data_set(world, monkeypatch):
+def test_the_backbone_reads_each_sentence_once_in_all_epochs(world, monkeypatch):
     data = open_dataset("FashionIQ", world, "train", load_backbone(world / "small.safetensors").transform("plain"))
-    model, read = CaLa(load_backbone(world / "small.safetensors"), tac_weight=0., hca_weight=0.), []
+    model = CaLa(load_backbone(world / "small.safetensors"), tac_weight=0.0, hca_weight=0.0)
     sentences = TextFeatures(model, 7)
-    monkeypatch.setattr(model.backbone, "text", lambda captions, text=model.backbone.text: (read.extend(captions), text(captions))[1])
+    encode, encoded = model.backbone.text, []
+
+    def record_and_encode(captions):
+        encoded.extend(captions)
+        return encode(captions)
+
+    monkeypatch.setattr(model.backbone, "text", record_and_encode)
     for epoch in range(1, 9):
         data.set_epoch(epoch)
-        asked = [data.caption(i) for i in range(len(data))]
-        with torch.no_grad(): torch.testing.assert_close(sentences(asked), type(model.backbone).text(model.backbone, asked).feature, atol=1e-5, rtol=1e-5)
-    assert len(read) == len(set(read)) == len(sentences.rows) > len(data)
+        captions = [data.caption(i) for i in range(len(data))]
+        with torch.no_grad():
+            expected = type(model.backbone).text(model.backbone, captions).feature
+            torch.testing.assert_close(sentences(captions), expected, atol=1e-5, rtol=1e-5)
+    assert len(encoded) == len(set(encoded)) == len(sentences.rows) > len(data)
 
 
-def test_the_same_seed_leaves_the_same_bytes_and_another_does_not(world, tmp_path):
-    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        run(world, tmp_path / name, "--dataset", "FashionIQ", "--checkpoint", world / "sum", "--num-epochs", 2, "--batch-size", 8, "--seed", seed)
-    kept = {name: [(tmp_path / name / file).read_bytes() for file in ("log.csv", "metrics.csv", "best/model.safetensors")] for name in ("one", "two", "three")}
-    assert kept["one"] == kept["two"] and kept["one"][0] != kept["three"][0]
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(world, tmp_path):
+    contents = {}
+    for name, seed in (("first", 0), ("second", 0), ("third", 1)):
+        flags = ["--dataset", "FashionIQ", "--checkpoint", world / "sum", "--num-epochs", 2, "--batch-size", 8]
+        run(world, tmp_path / name, *flags, "--seed", seed)
+        files = ("log.csv", "metrics.csv", "best/model.safetensors")
+        contents[name] = [(tmp_path / name / file).read_bytes() for file in files]
+    assert contents["first"] == contents["second"]
+    assert contents["first"][0] != contents["third"][0]
 
 
-def test_it_goes_on_from_a_combiner_that_is_given(world, tmp_path):
-    run(world, tmp_path / "first", "--dataset", "CIRR", *CLIP, "--num-epochs", 2, "--projection-dim", 24, "--learning-rate", "1e-3")
+def test_training_goes_on_from_a_given_combiner(world, tmp_path):
+    with_clip = ["--dataset", "CIRR", *CLIP]
+    first = ["--num-epochs", 2, "--projection-dim", 24, "--learning-rate", "1e-3"]
+    run(world, tmp_path / "first", *with_clip, *first)
     path = tmp_path / "first/combiner.pt"
-    run(world, tmp_path / "second", "--dataset", "CIRR", *CLIP, "--num-epochs", 1, "--combiner-path", path, "--learning-rate", "1e-12")
-    for a, b in zip(load_released(path).parameters(), load_checkpoint(tmp_path / "second/best").frame.parameters()): torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    second = ["--num-epochs", 1, "--combiner-path", path, "--learning-rate", "1e-12"]
+    run(world, tmp_path / "second", *with_clip, *second)
+    for a, b in zip(load_released(path).parameters(), load_checkpoint(tmp_path / "second/best").frame.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
     run(world, tmp_path / "third", "--checkpoint", world / "sum", "--num-epochs", 1)
-    run(world, tmp_path / "fourth", "--checkpoint", tmp_path / "third/best", "--combiner-path", tmp_path / "third/best", "--num-epochs", 1)
+    best = tmp_path / "third/best"
+    run(world, tmp_path / "fourth", "--checkpoint", best, "--combiner-path", best, "--num-epochs", 1)
     config = load_checkpoint(tmp_path / "fourth/best").backbone.config
-    assert config["name"] == PICTURE_ALONE and config["of"]["name"] == "tiny" and not (tmp_path / "fourth/combiner.pt").exists()
+    assert config["name"] == PICTURE_ALONE
+    assert config["of"]["name"] == "tiny"
+    assert not (tmp_path / "fourth/combiner.pt").exists()
 
 
-def test_defaults_are_the_seeds():
-    flags = parse_flags(CombinerRecipe, "--dataset FashionIQ --projection-dim 2560 --hidden-dim 5120 --clip-model-name RN50x4 --clip-model-path tuned.pt "
-                        "--target-ratio 1.25 --transform targetpad".split())
-    assert (flags.batch_size, flags.learning_rate, flags.projection_dim, flags.hidden_dim, flags.transform) == (4096, 2e-5, 2560, 5120, "targetpad")
+def test_defaults_are_those_of_the_released_program():
+    line = (
+        "--dataset FashionIQ --projection-dim 2560 --hidden-dim 5120 --clip-model-name RN50x4 "
+        "--clip-model-path tuned.pt --target-ratio 1.25 --transform targetpad"
+    )
+    flags = parse_flags(CombinerRecipe, line.split())
+    assert (flags.batch_size, flags.learning_rate) == (4096, 2e-5)
+    assert (flags.projection_dim, flags.hidden_dim) == (2560, 5120)
+    assert flags.transform == "targetpad"
 
 
 def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys):
-    says = lambda *more, output=tmp_path / "out": refused(capsys, world, output, "--dataset", "CIRR", "--checkpoint", world / "sum", *more)
-    assert "there are CIRR and FashionIQ" in says("--dataset", "COCO")
-    assert "no data set is named" in refused(capsys, world, tmp_path / "out", *CLIP)
-    assert "no folder" in says("--data-root", tmp_path / "nowhere")
-    assert "is no checkpoint" in says("--checkpoint", tmp_path)
-    assert "name two models" in says("--clip-model-name", "RN50x4")
-    assert "trains a combiner" in says("--combining-function", "artemis")
-    assert "no file" in says("--combiner-path", tmp_path / "none.pt")
-    assert "--num-epochs 0: give 1 or more" in says("--num-epochs", 0)
-    assert "--batch-size 0" in says("--batch-size", 0)
-    assert "--learning-rate 0.0: give a number above 0" in says("--learning-rate", 0)
-    assert "--seed -1: give 0 or more" in says("--seed", -1)
-    assert "is not empty" in says(output=world)
-    assert "no transform" in says("--transform", "stretch")
-    assert "did you mean --num-epochs?" in says("--num-epochz", 3)
+    def error_with(*more, output=tmp_path / "out"):
+        given = ["--dataset", "CIRR", "--checkpoint", world / "sum"]
+        return error_line(capsys, world, output, *given, *more)
+
+    assert "there are CIRR and FashionIQ" in error_with("--dataset", "COCO")
+    assert "no data set is named" in error_line(capsys, world, tmp_path / "out", *CLIP)
+    assert "no folder" in error_with("--data-root", tmp_path / "nowhere")
+    assert "is no checkpoint" in error_with("--checkpoint", tmp_path)
+    assert "name two models" in error_with("--clip-model-name", "RN50x4")
+    assert "trains a combiner" in error_with("--combining-function", "artemis")
+    assert "no file" in error_with("--combiner-path", tmp_path / "none.pt")
+    assert "--num-epochs 0: give 1 or more" in error_with("--num-epochs", 0)
+    assert "--batch-size 0" in error_with("--batch-size", 0)
+    assert "--learning-rate 0.0: give a number above 0" in error_with("--learning-rate", 0)
+    assert "--seed -1: give 0 or more" in error_with("--seed", -1)
+    assert "is not empty" in error_with(output=world)
+    assert "no transform" in error_with("--transform", "stretch")
+    assert "did you mean --num-epochs?" in error_with("--num-epochz", 3)
     assert not (tmp_path / "out/best").exists()
-    gone = open_dataset("CIRR", world, "val").gallery.paths[0]
-    gone.rename(gone.with_suffix(".away"))
-    try: assert f"the first is {gone}" in says()
-    finally: gone.with_suffix(".away").rename(gone)
-    done = subprocess.run([sys.executable, "-m", "cala.scripts.combiner", "--dataset", "CIRR", "--data-root", str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and len(lines_of(done.stderr)) == 1 and "holds no annotations of CIRR" in done.stderr
+    missing = open_dataset("CIRR", world, "val").gallery.paths[0]
+    missing.rename(missing.with_suffix(".away"))
+    try:
+        assert f"the first is {missing}" in error_with()
+    finally:
+        missing.with_suffix(".away").rename(missing)
+    command = [sys.executable, "-m", "cala.scripts.combiner", "--dataset", "CIRR", "--data-root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert len(lines_of(done.stderr)) == 1
+    assert "holds no annotations of CIRR" in done.stderr
 
 
-def test_a_loss_that_is_no_number_stops_it(world, tmp_path, capsys):
-    assert "the loss is nan" in refused(capsys, world, tmp_path / "out", "--checkpoint", world / "sum", "--num-epochs", 4, "--validation-frequency", 4, "--learning-rate", "1e30")
+def test_a_loss_that_is_not_a_number_stops_training(world, tmp_path, capsys):
+    flags = ["--num-epochs", 4, "--validation-frequency", 4, "--learning-rate", "1e30"]
+    line = error_line(capsys, world, tmp_path / "out", "--checkpoint", world / "sum", *flags)
+    assert "the loss is nan" in line
