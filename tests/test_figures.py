@@ -36,7 +36,8 @@ def test_check_notices_a_change(tmp_path, monkeypatch, capsys):
     assert DRAW.main(check=True) == 1
     assert DRAW.main(check=False) == 0
     assert DRAW.main(check=True) == 0
-    with open(tmp_path / "hca.svg", "a") as file: file.write(" ")
+    with open(tmp_path / "hca.svg", "a") as file:
+        file.write(" ")
     capsys.readouterr()
     assert DRAW.main(check=True) == 1
     assert "hca.svg" in capsys.readouterr().err
@@ -57,14 +58,18 @@ def test_file_is_accessible(name):
 def test_file_needs_nothing_from_outside(name):
     text = (SCRIPT.parent / name).read_text()
     assert "prefers-color-scheme: dark" in text
-    for forbidden in ("<script", "href=", "@import", "url(", "<image", "<foreignObject"): assert forbidden not in text
+    for forbidden in ("<script", "href=", "@import", "url(", "<image", "<foreignObject"):
+        assert forbidden not in text
 
 
 def test_text_that_does_not_fit_is_an_error():
     figure = DRAW.Figure(200, 100, "title", "description")
-    with pytest.raises(ValueError, match="needs"): figure.box(10, 10, 40, 20, "much too long for this box")
-    with pytest.raises(ValueError, match="too high"): figure.box(10, 10, 180, 20, "one", "two")
-    with pytest.raises(ValueError, match="leaves the figure"): figure.text(190, 50, "too far to the right")
+    with pytest.raises(ValueError, match="needs"):
+        figure.box(10, 10, 40, 20, "much too long for this box")
+    with pytest.raises(ValueError, match="too high"):
+        figure.box(10, 10, 180, 20, "one", "two")
+    with pytest.raises(ValueError, match="leaves the figure"):
+        figure.text(190, 50, "too far to the right")
 
 
 @pytest.mark.skipif(not (ROOT / "cala/backbones").is_dir(), reason="the modules are not in their wings yet")
@@ -73,6 +78,10 @@ def test_every_module_is_on_the_figure_of_the_wings():
     wings = {"": lessons, "backbones": set(DRAW.BACKBONES), "library": set(DRAW.LIBRARY), "scripts": set(DRAW.SCRIPTS)}
     packages = {"backbones", "library", "scripts"}
     for folder, drawn in wings.items():
-        paths = [path for path in (ROOT / "cala" / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-        modules = {path.stem for path in paths if not path.stem.startswith("_")} - packages - {"errors"}
+        modules = set()
+        for path in (ROOT / "cala" / folder).iterdir():
+            is_module = path.suffix == ".py" or (path / "__init__.py").exists()
+            if is_module and not path.stem.startswith("_"):
+                modules.add(path.stem)
+        modules -= packages | {"errors"}
         assert modules == drawn, f"cala/{folder}: update the lists above draw_wings in {SCRIPT.name} and draw again"

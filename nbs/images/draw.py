@@ -1,6 +1,7 @@
 """Draw the project's figures as SVG.
 
-`python draw.py` writes the files beside this script. `python draw.py --check` exits with 1 if a file differs.
+`python draw.py` writes the files into the folder of this script. `python draw.py --check` compares them with what it
+would write, and exits with 1 if one differs.
 """
 
 import re
@@ -17,26 +18,62 @@ SMALLEST = 13  # px; no text is smaller, subscripts included
 # The colours of Okabe and Ito, which colour-blind readers can tell apart:
 # r is the reference, c the text, t the target, g the gradient.
 LIGHT = dict(
-    page="#ffffff", edge="#d0d7de", ink="#1f2328", muted="#57606a", line="#57606a",
-    plain="#f6f8fa", frozen="#e1e5ea", cell="#ffffff", r="#0072b2", c="#d55e00", t="#009e73", g="#cc79a7",
-    r_fill="#dcedf8", c_fill="#fdebdf", t_fill="#ddf3ec", g_fill="#f8eaf2")
+    page="#ffffff",
+    edge="#d0d7de",
+    ink="#1f2328",
+    muted="#57606a",
+    line="#57606a",
+    plain="#f6f8fa",
+    frozen="#e1e5ea",
+    cell="#ffffff",
+    r="#0072b2",
+    c="#d55e00",
+    t="#009e73",
+    g="#cc79a7",
+    r_fill="#dcedf8",
+    c_fill="#fdebdf",
+    t_fill="#ddf3ec",
+    g_fill="#f8eaf2",
+)
 DARK = dict(
-    page="#14181f", edge="#3d444d", ink="#e9eef4", muted="#aab4bf", line="#9aa5b1",
-    plain="#222933", frozen="#363e49", cell="#14181f", r="#56b4e9", c="#e69f00", t="#1fbf92", g="#cc79a7",
-    r_fill="#12344a", c_fill="#43310f", t_fill="#0f3a2f", g_fill="#43293a")
+    page="#14181f",
+    edge="#3d444d",
+    ink="#e9eef4",
+    muted="#aab4bf",
+    line="#9aa5b1",
+    plain="#222933",
+    frozen="#363e49",
+    cell="#14181f",
+    r="#56b4e9",
+    c="#e69f00",
+    t="#1fbf92",
+    g="#cc79a7",
+    r_fill="#12344a",
+    c_fill="#43310f",
+    t_fill="#0f3a2f",
+    g_fill="#43293a",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Helpers: text, boxes, arrows
 # ------------------------------------------------------------------------------------------------------------------
 
+
 def style_rules(
     colours: dict,  # LIGHT or DARK
-) -> str:           # lines of CSS
+) -> str:  # lines of CSS
     "The look of every class that the figures use."
-    rules = ["text {{ fill: {ink}; }}", ".muted {{ fill: {muted}; }}", ".page {{ fill: {page}; stroke: {edge}; }}",
-             ".panel {{ fill: none; stroke: {edge}; }}", ".line {{ stroke: {line}; }}", ".head {{ fill: {line}; }}"]
-    for name in ("plain", "frozen", "cell"): rules.append(f".{name} {{{{ fill: {{{name}}}; stroke: {{line}}; }}}}")
+    rules = [
+        "text {{ fill: {ink}; }}",
+        ".muted {{ fill: {muted}; }}",
+        ".page {{ fill: {page}; stroke: {edge}; }}",
+        ".panel {{ fill: none; stroke: {edge}; }}",
+        ".line {{ stroke: {line}; }}",
+        ".head {{ fill: {line}; }}",
+    ]
+    for name in ("plain", "frozen", "cell"):
+        rules.append(f".{name} {{{{ fill: {{{name}}}; stroke: {{line}}; }}}}")
     for name in ("r", "c", "t", "g"):
         rules.append(f".{name} {{{{ fill: {{{name}_fill}}; stroke: {{{name}}}; }}}}")
         rules.append(f".line-{name} {{{{ stroke: {{{name}}}; }}}}")
@@ -45,9 +82,16 @@ def style_rules(
 
 
 # Widths of characters as shares of the font size, in DejaVu Sans, the widest of the fonts that a reader may have.
-WIDTHS = {0.32: " ',./:;IJ\\ijl|·′", 0.4: "!()-[]frt²", 0.53: "\"*?_`csz–",
-          0.64: "$0123456789EFLPSTYabdeghknopquvxy{}√β", 0.75: "ABCKNRUVXZα",
-          0.84: "#&+<=>DGHOQ^w~→←↔×−", 0.9: "M", 1.0: "%@Wm"}
+WIDTHS = {
+    0.32: " ',./:;IJ\\ijl|·′",
+    0.4: "!()-[]frt²",
+    0.53: '"*?_`csz–',
+    0.64: "$0123456789EFLPSTYabdeghknopquvxy{}√β",
+    0.75: "ABCKNRUVXZα",
+    0.84: "#&+<=>DGHOQ^w~→←↔×−",
+    0.9: "M",
+    1.0: "%@Wm",
+}
 WIDTH_OF = {character: width for width, characters in WIDTHS.items() for character in characters}
 MARKUP = re.compile(r"([_^])\{([^}]*)\}")  # F_{r} is F with the subscript r, Q^{T} is Q with the superscript T
 
@@ -56,7 +100,7 @@ def text_width(
     markup: str,  # text with _{subscripts} and ^{superscripts}
     size: float,  # font size in px
     bold: bool = False,
-) -> float:       # px
+) -> float:  # px
     "An upper estimate of the width of a line of text."
     shrink = max(SMALLEST, 0.75 * size) / size
     plain = sum(WIDTH_OF.get(character, 0.7) for character in MARKUP.sub("", markup))
@@ -67,11 +111,11 @@ def text_width(
 def spans(
     markup: str,  # text with _{subscripts} and ^{superscripts}
     size: float,  # font size in px
-) -> str:         # SVG
+) -> str:  # SVG
     "The markup as tspan elements."
     small, parts, offset, end = max(SMALLEST, 0.75 * size), [], 0, 0
     for match in [*MARKUP.finditer(markup), None]:
-        plain = markup[end:match.start()] if match else markup[end:]
+        plain = markup[end : match.start()] if match else markup[end:]
         if plain:
             parts.append(f'<tspan dy="{-offset:g}">{escape(plain)}</tspan>' if offset else escape(plain))
             offset = 0
@@ -84,19 +128,27 @@ def spans(
 
 class Box(NamedTuple):
     "A rectangle, to draw lines from and to."
+
     x: float
     y: float
     width: float
     height: float
 
     @property
-    def right(self): return self.x + self.width
+    def right(self):
+        return self.x + self.width
+
     @property
-    def bottom(self): return self.y + self.height
+    def bottom(self):
+        return self.y + self.height
+
     @property
-    def middle_x(self): return self.x + self.width / 2
+    def middle_x(self):
+        return self.x + self.width / 2
+
     @property
-    def middle_y(self): return self.y + self.height / 2
+    def middle_y(self):
+        return self.y + self.height / 2
 
 
 def format_value(
@@ -109,12 +161,13 @@ def format_value(
 class Figure:
     "An SVG picture on a panel of its own, so that it is readable whatever the colour of the page around it."
 
-    def __init__(self,
-        width: int,          # px
-        height: int,         # px
-        title: str,          # a short name, for screen readers
-        description: str,    # what the figure shows, for screen readers
-        lit: tuple = (),     # names of the parts that stay bright; the others are dimmed; empty: all are bright
+    def __init__(
+        self,
+        width: int,  # px
+        height: int,  # px
+        title: str,  # a short name, for screen readers
+        description: str,  # what the figure shows, for screen readers
+        lit: tuple = (),  # names of the parts that stay bright; the others are dimmed; empty: all are bright
     ):
         self.width, self.height, self.title, self.description, self.lit = width, height, title, description, lit
         self.dimmed, self.bright = [], []
@@ -124,81 +177,91 @@ class Figure:
     def part(self, *names: str):
         "Elements that are added inside belong to these parts and are dimmed unless one of them is lit."
         before = self.items
-        if self.lit and not set(names) & set(self.lit): self.items = self.dimmed
+        if self.lit and not set(names) & set(self.lit):
+            self.items = self.dimmed
         yield
         self.items = before
 
-    def shape(self,
-        tag: str,       # rect, circle, path ...
-        look: str,      # its class
-        **attributes,   # of the element; an underscore stands for a hyphen
+    def shape(
+        self,
+        tag: str,  # rect, circle, path ...
+        look: str,  # its class
+        **attributes,  # of the element; an underscore stands for a hyphen
     ):
         "Append an SVG element."
         pairs = [f'{name.replace("_", "-")}="{format_value(value)}"' for name, value in attributes.items()]
         self.items.append(f'<{tag} class="{look}" {" ".join(pairs)}/>')
 
-    def text(self,
+    def text(
+        self,
         x: float,
-        y: float,               # the middle of the line's small letters
-        markup: str,            # with _{subscripts} and ^{superscripts}
+        y: float,  # the middle of the line's small letters
+        markup: str,  # with _{subscripts} and ^{superscripts}
         size: float = 14,
-        anchor: str = "middle", # start, middle or end
+        anchor: str = "middle",  # start, middle or end
         bold: bool = False,
         muted: bool = False,
-        room: float = None,     # px that the text must not exceed
+        room: float = None,  # px that the text must not exceed
     ):
         "A line of text; ValueError if it does not fit."
         width = text_width(markup, size, bold)
         left = x - dict(start=0, middle=width / 2, end=width)[anchor]
         if room is not None and width > room:
             raise ValueError(f"{self.title}: {markup!r} needs {width:.0f} px, there are {room:.0f}")
-        if left < 4 or left + width > self.width - 4: raise ValueError(f"{self.title}: {markup!r} leaves the figure")
+        if left < 4 or left + width > self.width - 4:
+            raise ValueError(f"{self.title}: {markup!r} leaves the figure")
         place = f'x="{format_value(x)}" y="{format_value(y + 0.35 * size)}" font-size="{size:g}" text-anchor="{anchor}"'
-        if bold: place += ' font-weight="600"'
-        if muted: place += ' class="muted"'
+        if bold:
+            place += ' font-weight="600"'
+        if muted:
+            place += ' class="muted"'
         self.items.append(f"<text {place}>{spans(markup, size)}</text>")
 
-    def lines(self,
+    def lines(
+        self,
         x: float,
-        y: float,               # the middle of the block
-        *markups: str,          # lines; one that starts with * is bold, one that starts with ~ is muted
+        y: float,  # the middle of the block
+        *markups: str,  # lines; one that starts with * is bold, one that starts with ~ is muted
         size: float = 14,
-        anchor: str = "middle", # start, middle or end
-        room: float = None,     # px that no line must exceed
+        anchor: str = "middle",  # start, middle or end
+        room: float = None,  # px that no line must exceed
         leading: float = 1.32,  # distance of lines, as a share of the size
     ):
         "Several lines of text, one under the other."
         top = y - (len(markups) - 1) * size * leading / 2
         for n, markup in enumerate(markups):
             mark = markup[:1] if markup[:1] in ("*", "~") else ""
-            self.text(x, top + n * size * leading, markup[len(mark):], size, anchor, mark == "*", mark == "~", room)
+            self.text(x, top + n * size * leading, markup[len(mark) :], size, anchor, mark == "*", mark == "~", room)
 
-    def box(self,
+    def box(
+        self,
         x: float,
         y: float,
         width: float,
         height: float,
-        *markups: str,       # lines of text in its middle
-        look: str = "plain", # plain, frozen, cell, panel, r, c, t or g
+        *markups: str,  # lines of text in its middle
+        look: str = "plain",  # plain, frozen, cell, panel, r, c, t or g
         size: float = 14,
         radius: float = 7,
         stroke: float = 1.8,
         dashed: bool = False,
     ) -> Box:
         "A rounded rectangle with text in it; a frozen one is dashed."
-        if len(markups) * size * 1.32 > height: raise ValueError(f"{self.title}: {markups} is too high for its box")
+        if len(markups) * size * 1.32 > height:
+            raise ValueError(f"{self.title}: {markups} is too high for its box")
         dash = dict(stroke_dasharray="6 4") if dashed or look == "frozen" else {}
         self.shape("rect", look, x=x, y=y, width=width, height=height, rx=radius, stroke_width=stroke, **dash)
         self.lines(x + width / 2, y + height / 2, *markups, size=size, room=width - 8)
         return Box(x, y, width, height)
 
-    def path(self,
-        *points: tuple,       # its corners
-        look: str = "",       # "", r, c, t or g
-        heads: str = "end",   # where arrow heads are: end, both or none
+    def path(
+        self,
+        *points: tuple,  # its corners
+        look: str = "",  # "", r, c, t or g
+        heads: str = "end",  # where arrow heads are: end, both or none
         dashed: bool = False,
         stroke: float = 2,
-        radius: float = 8,    # of rounded corners
+        radius: float = 8,  # of rounded corners
     ):
         "An arrow or a line through points."
         first, last, suffix = points[0], points[-1], f"-{look}" if look else ""
@@ -207,8 +270,10 @@ class Figure:
         dash = dict(stroke_dasharray="7 4") if dashed else {}
         course = round_corners([tail, *points[1:-1], tip], radius)
         self.shape("path", "line" + suffix, d=course, fill="none", stroke_width=stroke, **dash)
-        if heads != "none": self.head(points[-2], last, "head" + suffix, stroke)
-        if heads == "both": self.head(points[1], first, "head" + suffix, stroke)
+        if heads != "none":
+            self.head(points[-2], last, "head" + suffix, stroke)
+        if heads == "both":
+            self.head(points[1], first, "head" + suffix, stroke)
 
     def head(self, start: tuple, end: tuple, look: str, stroke: float):
         "An arrow head at `end` of a line from `start`."
@@ -216,9 +281,9 @@ class Figure:
         along_x, along_y = (end[0] - start[0]) / length, (end[1] - start[1]) / length
         long, wide = 7 + 1.2 * stroke, 2.6 + 1.1 * stroke
         base_x, base_y = end[0] - long * along_x, end[1] - long * along_y
-        one = base_x - wide * along_y, base_y + wide * along_x
-        other = base_x + wide * along_y, base_y - wide * along_x
-        corners = " ".join(f"{format_value(x)},{format_value(y)}" for x, y in (end, one, other))
+        left = base_x - wide * along_y, base_y + wide * along_x
+        right = base_x + wide * along_y, base_y - wide * along_x
+        corners = " ".join(f"{format_value(x)},{format_value(y)}" for x, y in (end, left, right))
         self.shape("polygon", look, points=corners)
 
     def rule(self, y: float):
@@ -251,24 +316,29 @@ class Figure:
         self.shape("circle", "line", cx=x - 1.5, cy=y - 1.5, r=4.5, fill="none", stroke_width=2)
         self.shape("path", "line", d=handle, fill="none", stroke_width=2.6, stroke_linecap="round")
 
-    def matrix(self,
+    def matrix(
+        self,
         x: float,
         y: float,
         width: float,
         height: float,
-        name: str,               # above it
-        shape: str,              # below it
-        rows: str,               # what a row belongs to: r, c or t
-        columns: str = "",       # what a column belongs to: r, c, t, or "" for coordinates
-        first_row: bool = False, # mark row 0
+        name: str,  # above it
+        shape: str,  # below it
+        rows: str,  # what a row belongs to: r, c or t
+        columns: str = "",  # what a column belongs to: r, c, t, or "" for coordinates
+        first_row: bool = False,  # mark row 0
     ) -> Box:
         "A matrix whose left and upper edges have the colours of its rows and columns."
         self.shape("rect", "cell", x=x, y=y, width=width, height=height, stroke_width=1.2)
-        if first_row: self.row(x, y, width, rows)
-        if columns: self.path((x, y + 2.5), (x + width, y + 2.5), look=columns, heads="none", stroke=5)
+        if first_row:
+            self.row(x, y, width, rows)
+        if columns:
+            self.path((x, y + 2.5), (x + width, y + 2.5), look=columns, heads="none", stroke=5)
         self.path((x + 2.5, y), (x + 2.5, y + height), look=rows, heads="none", stroke=5)
-        if name: self.text(x + width / 2, y - 15, name, 16, bold=True)
-        if shape: self.text(x + width / 2, y + height + 14, shape, 13, muted=True)
+        if name:
+            self.text(x + width / 2, y - 15, name, 16, bold=True)
+        if shape:
+            self.text(x + width / 2, y + height + 14, shape, 13, muted=True)
         return Box(x, y, width, height)
 
     def row(self, x: float, y: float, width: float, look: str):
@@ -290,7 +360,8 @@ class Figure:
         self.shape("rect", look, x=x, y=y, width=side, height=side, rx=5, stroke_width=2.2)
         middle = 0.5 if look == "r" else 0.32
         self.shape("circle", f"head-{look}", cx=x + middle * side, cy=y + 0.62 * side, r=0.17 * side)
-        if look == "r": return
+        if look == "r":
+            return
         self.shape("rect", f"head-{look}", x=x + 0.56 * side, y=y + 0.46 * side, width=0.32 * side, height=0.32 * side)
 
     def cylinder(self, x: float, y: float, width: float, height: float, *markups: str) -> Box:
@@ -310,7 +381,8 @@ class Figure:
     def heading(self, title: str, *lines: str):
         "The title line of the figure and lines below it."
         self.text(24, 30, title, 18, "start", bold=True)
-        for n, line in enumerate(lines): self.text(24, 56 + 21 * n, line, 15, "start", muted=True)
+        for n, line in enumerate(lines):
+            self.text(24, 56 + 21 * n, line, 15, "start", muted=True)
 
     def svg(self) -> str:
         "The whole file."
@@ -318,18 +390,31 @@ class Figure:
         names = 'role="img" aria-labelledby="title desc"'
         page = f'x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="10" stroke-width="1"'
         dimmed = ['<g opacity="0.22">', *self.dimmed, "</g>"] if self.dimmed else []
-        return "\n".join([
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} {names} font-family="{FONT}">',
-            f'<title id="title">{escape(self.title)}</title>', f'<desc id="desc">{escape(self.description)}</desc>',
-            "<style>", style_rules(LIGHT), "@media (prefers-color-scheme: dark) {", style_rules(DARK), "}", "</style>",
-            f'<rect class="page" {page}/>', *dimmed, *self.bright, "</svg>", ""])
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" {size} {names} font-family="{FONT}">',
+                f'<title id="title">{escape(self.title)}</title>',
+                f'<desc id="desc">{escape(self.description)}</desc>',
+                "<style>",
+                style_rules(LIGHT),
+                "@media (prefers-color-scheme: dark) {",
+                style_rules(DARK),
+                "}",
+                "</style>",
+                f'<rect class="page" {page}/>',
+                *dimmed,
+                *self.bright,
+                "</svg>",
+                "",
+            ]
+        )
 
 
 def shorten(
-    end: tuple,    # a point
+    end: tuple,  # a point
     other: tuple,  # the next point of the line
-    by: float,     # px
-) -> tuple:        # a point
+    by: float,  # px
+) -> tuple:  # a point
     "`end`, moved towards `other`, so that a line does not show beside the tip of its arrow head."
     length = ((other[0] - end[0]) ** 2 + (other[1] - end[1]) ** 2) ** 0.5
     share = min(by, length / 2) / length
@@ -337,11 +422,14 @@ def shorten(
 
 
 def round_corners(
-    points: list,   # (x, y)
+    points: list,  # (x, y)
     radius: float,  # px
-) -> str:           # the d of an SVG path
+) -> str:  # the d of an SVG path
     "A line through points whose inner corners are rounded."
-    def at(point): return f"{format_value(point[0])} {format_value(point[1])}"
+
+    def at(point):
+        return f"{format_value(point[0])} {format_value(point[1])}"
+
     steps = [f"M{at(points[0])}"]
     for before, corner, after in zip(points, points[1:], points[2:]):
         steps.append(f"L{at(shorten(corner, before, radius))}Q{at(corner)} {at(shorten(corner, after, radius))}")
@@ -362,8 +450,8 @@ LIT = {
     "objectives": "Lit: three matrices of scores, and the loss that they are combined to.",
     "retrieval": "Lit: what retrieval needs. HCA and TAC are not used; t is now each of G gallery pictures.",
 }
-C, R, ALONE, T = 132, 275, 388, 440   # heights of the lines of F_c, F_r, F'_r and F_t
-BUS_C, BUS_R, BUS_T = 492, 516, 540   # where these lines branch to HCA, TAC and the frame
+C, R, ALONE, T = 132, 275, 388, 440  # heights of the lines of F_c, F_r, F'_r and F_t
+BUS_C, BUS_R, BUS_T = 492, 516, 540  # where these lines branch to HCA, TAC and the frame
 
 
 def draw_architecture(
@@ -374,7 +462,8 @@ def draw_architecture(
     description = (
         "From left to right: text c, reference picture r and target picture t; a frozen vision trunk that reads both "
         "pictures; encoders E_c (text), E_m (reference and text) and E_t (reference or target alone); the composition "
-        "frame, HCA and TAC; the score matrices QTM, TBIA and CTR; the loss. HCA and TAC exist in training only.")
+        "frame, HCA and TAC; the score matrices QTM, TBIA and CTR; the loss. HCA and TAC exist in training only."
+    )
     figure = Figure(900, 652, f"{title}; lit: {part}" if part else title, description, lit=(part,) if part else ())
     figure.heading(title, LIT[part])
     draw_inputs(figure, "gallery" if part == "retrieval" else "target t")
@@ -412,15 +501,20 @@ def draw_inputs(figure: Figure, name_of_target: str):
 def draw_encoders(figure: Figure):
     "The three encoders and what they give."
     with figure.part("encoders", "retrieval"):
-        for y, height, name, task in ((C - 38, 76, "*E_{c}", "text"), (R - 48, 78, "*E_{m}", "picture, text"),
-                                      (T - 82, 112, "*E_{t}", "picture alone")):
+        for y, height, name, task in (
+            (C - 38, 76, "*E_{c}", "text"),
+            (R - 48, 78, "*E_{m}", "picture, text"),
+            (T - 82, 112, "*E_{t}", "picture alone"),
+        ):
             encoder = figure.box(275, y, 104, height, name, task, "trains")
             figure.lens(encoder.right - 5, encoder.y + 3)
     readers = ("encoders", "retrieval", "composition", "hca")
-    for height, end, look, name, shape, parts in ((C, BUS_C, "c", "F_{c}", "(B, L_{c}, d)", (*readers, "tac")),
-                                                  (R, BUS_R, "r", "F_{r}", "(B, 32, d)", readers),
-                                                  (ALONE, BUS_C, "r", "F′_{r}", "(B, 32, d)", ("encoders", "tac")),
-                                                  (T, BUS_T, "t", "F_{t}", "(B, 32, d)", (*readers, "tac"))):
+    for height, end, look, name, shape, parts in (
+        (C, BUS_C, "c", "F_{c}", "(B, L_{c}, d)", (*readers, "tac")),
+        (R, BUS_R, "r", "F_{r}", "(B, 32, d)", readers),
+        (ALONE, BUS_C, "r", "F′_{r}", "(B, 32, d)", ("encoders", "tac")),
+        (T, BUS_T, "t", "F_{t}", "(B, 32, d)", (*readers, "tac")),
+    ):
         with figure.part(*parts):
             figure.path((379, height), (end, height), look=look, dashed=height == ALONE, heads="none")
             figure.text(424, height - 14, name, 16, bold=True)
@@ -448,10 +542,15 @@ def draw_branches(figure: Figure):
         figure.path((BUS_C, ALONE), (left, ALONE), look="r", dashed=True)
         figure.path((BUS_T, T), (left, T), look="t")
     frame_and_hca = "composition", "retrieval", "hca"
-    for x, y, look, parts in ((BUS_C, C, "c", (*frame_and_hca, "tac")), (BUS_C, R - 24, "c", ("hca",)),
-                              (BUS_R, R, "r", frame_and_hca), (BUS_T, T, "t", (*frame_and_hca, "tac")),
-                              (BUS_T, R + 24, "t", frame_and_hca)):
-        with figure.part(*parts): figure.dot(x, y, look)
+    for x, y, look, parts in (
+        (BUS_C, C, "c", (*frame_and_hca, "tac")),
+        (BUS_C, R - 24, "c", ("hca",)),
+        (BUS_R, R, "r", frame_and_hca),
+        (BUS_T, T, "t", (*frame_and_hca, "tac")),
+        (BUS_T, R + 24, "t", frame_and_hca),
+    ):
+        with figure.part(*parts):
+            figure.dot(x, y, look)
 
 
 def draw_modules(figure: Figure):
@@ -459,24 +558,32 @@ def draw_modules(figure: Figure):
     with figure.part("composition", "retrieval"):
         frame = figure.box(588, C - 40, 118, 80, "*frame", "sum, ARTEMIS", "or Combiner")
         figure.lens(frame.right - 5, frame.y + 3)
-    with figure.part("hca"): figure.box(588, R - 40, 118, 80, "*HCA", "hinge-based", "cross-attention")
-    with figure.part("tac"): figure.box(588, T - 70, 118, 88, "*TAC", "twin-attention", "compositor")
+    with figure.part("hca"):
+        figure.box(588, R - 40, 118, 80, "*HCA", "hinge-based", "cross-attention")
+    with figure.part("tac"):
+        figure.box(588, T - 70, 118, 88, "*TAC", "twin-attention", "compositor")
 
 
 def draw_scores(figure: Figure, retrieval: bool):
     "The three score matrices and the loss; in retrieval, the scores of queries and gallery."
     first, shape = ("scores", "(B, G)") if retrieval else ("QTM", "(B, B)")
-    rows = ((C, first, shape, ("composition", "retrieval", "objectives")), (R, "TBIA", "(B, B)", ("hca", "objectives")),
-            (T - 26, "CTR", "(B, B)", ("tac", "objectives")))
+    rows = (
+        (C, first, shape, ("composition", "retrieval", "objectives")),
+        (R, "TBIA", "(B, B)", ("hca", "objectives")),
+        (T - 26, "CTR", "(B, B)", ("tac", "objectives")),
+    )
     for height, name, shape, parts in rows:
         with figure.part(*parts):
             figure.path((706, height), (762, height))
             figure.scores(762, height - 28, 56, diagonal=not retrieval)
             figure.text(790, height - 43, name, 15, bold=True)
             figure.text(790, height + 43, shape, 13, muted=True)
-            if height != C: figure.text(730, height - 14, "(B, d)", 13, muted=True)
-        with figure.part("objectives"): figure.path((818, height), (842, height))
-    with figure.part("objectives"): figure.box(842, C - 40, 46, T - C + 54, "*L", "loss")
+            if height != C:
+                figure.text(730, height - 14, "(B, d)", 13, muted=True)
+        with figure.part("objectives"):
+            figure.path((818, height), (842, height))
+    with figure.part("objectives"):
+        figure.box(842, C - 40, 46, T - C + 54, "*L", "loss")
 
 
 def draw_legend(figure: Figure, y: float):
@@ -497,7 +604,8 @@ def draw_legend(figure: Figure, y: float):
         y + 56,
         "--encoder both: E_{m}, E_{c} and E_{t} train.  multi: E_{m} and E_{c} train.  text: only E_{c} trains.",
         "B triplets, L_{c} tokens of text, width d.  V: trunk tokens (B, N, w).  BLIP-2: N = 257, w = 1024, d = 768.",
-        "F[0] is token 0 of F, the feature. The frame reads features only; the frame sum has no weights.")
+        "F[0] is token 0 of F, the feature. The frame reads features only; the frame sum has no weights.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -505,13 +613,30 @@ def draw_legend(figure: Figure, y: float):
 # ------------------------------------------------------------------------------------------------------------------
 
 ASSOCIATIONS = (  # name and symbols, long name, what is given, question, what computes it, when
-    ("QTM:  (r, c) → t", "query-target matching", "rc",
-     ("Given the picture and the text,", "which target belongs to them?"),
-     "frame: sum, ARTEMIS, Combiner", "training and retrieval"),
-    ("TBIA:  r ↔ t, hinge c", "text-bridged image alignment", "c",
-     ("Given the text as a hinge,", "which pictures belong together?"), "module: HCA", "training only"),
-    ("CTR:  (r, t) → c", "complementary text reasoning", "rt",
-     ("Given the two pictures,", "which text explains the change?"), "module: TAC", "training only"),
+    (
+        "QTM:  (r, c) → t",
+        "query-target matching",
+        "rc",
+        ("Given the picture and the text,", "which target belongs to them?"),
+        "frame: sum, ARTEMIS, Combiner",
+        "training and retrieval",
+    ),
+    (
+        "TBIA:  r ↔ t, hinge c",
+        "text-bridged image alignment",
+        "c",
+        ("Given the text as a hinge,", "which pictures belong together?"),
+        "module: HCA",
+        "training only",
+    ),
+    (
+        "CTR:  (r, t) → c",
+        "complementary text reasoning",
+        "rt",
+        ("Given the two pictures,", "which text explains the change?"),
+        "module: TAC",
+        "training only",
+    ),
 )
 
 
@@ -520,10 +645,13 @@ def draw_associations() -> Figure:
     description = (
         "Three panels with the nodes reference r, text c and target t. QTM: lines from r and c join and an arrow leads "
         "to t. TBIA: an arrow with two heads joins r and t, and c hangs on its middle as the hinge. CTR: lines from r "
-        "and t join and an arrow leads to c.")
+        "and t join and an arrow leads to c."
+    )
     figure = Figure(900, 480, "The three associations of a triplet", description)
-    figure.heading("The three associations of a triplet",
-                   "Lines without a head bring what is given. Arrow heads point to what is predicted or aligned.")
+    figure.heading(
+        "The three associations of a triplet",
+        "Lines without a head bring what is given. Arrow heads point to what is predicted or aligned.",
+    )
     for n, (name, long_name, given, question, module, use) in enumerate(ASSOCIATIONS):
         x, y, width = 20 + 293 * n, 80, 274
         middle, low, room = x + width / 2, y + 218, width - 12
@@ -532,8 +660,10 @@ def draw_associations() -> Figure:
         figure.text(middle, y + 22, name, 17, bold=True, room=room)
         figure.text(middle, y + 46, long_name, muted=True, room=room)
         for letter, end in ends.items():
-            if letter in given: figure.path(end, join, look=letter, heads="none", stroke=3)
-            else: figure.path(join, end, stroke=3)
+            if letter in given:
+                figure.path(end, join, look=letter, heads="none", stroke=3)
+            else:
+                figure.path(join, end, stroke=3)
         figure.dot(*join, radius=6)
         figure.picture(x + 20, low - 28, 56, "r")
         figure.picture(x + width - 76, low - 28, 56, "t")
@@ -549,21 +679,35 @@ def draw_associations() -> Figure:
 # One layer of the Q-Former
 # ------------------------------------------------------------------------------------------------------------------
 
+
 def draw_qformer() -> Figure:
     "One layer of the Q-Former."
     description = (
         "From left to right: 32 queries and the tokens of a text go through one self-attention together. Then only the "
         "queries go through cross-attention to the picture's tokens, in every second layer. Queries and text have "
-        "separate feed-forward networks.")
+        "separate feed-forward networks."
+    )
     figure = Figure(900, 520, "One layer of the Q-Former", description)
-    figure.heading("One layer of the Q-Former",
-                   "BLIP-2 has 12 such layers. After each block, its input is added and the sum is normalised.")
+    figure.heading(
+        "One layer of the Q-Former",
+        "BLIP-2 has 12 such layers. After each block, its input is added and the sum is normalised.",
+    )
     query, text = 225, 345  # heights of the two lines
     top, height = query - 38, 76
     figure.box(24, top, 104, height, "*queries", "(B, 32, d)", look="cell")
     figure.box(24, text - 38, 104, height, "*text tokens", "(B, L, d)", look="c")
-    attention = figure.box(162, top, 150, text - query + height, "*self-attention", "queries and text", "attend to",
-                           "each other;", "nothing attends", "to padding")
+    attention = figure.box(
+        162,
+        top,
+        150,
+        text - query + height,
+        "*self-attention",
+        "queries and text",
+        "attend to",
+        "each other;",
+        "nothing attends",
+        "to padding",
+    )
     picture = figure.box(362, 94, 184, 56, "*picture tokens", "(B, N, w)", look="frozen")
     figure.lock(picture.x + 22, picture.middle_y)
     figure.text(picture.right + 10, picture.middle_y, "from the frozen trunk", anchor="start", muted=True)
@@ -581,10 +725,12 @@ def draw_qformer() -> Figure:
     figure.text((attention.right + 594) / 2, text + 16, "no cross-attention for text tokens", 13, muted=True)
     figure.rule(408)
     figure.notes(
-        428, "*Three encoders of this architecture, each with its own weights:",
+        428,
+        "*Three encoders of this architecture, each with its own weights:",
         "E_{m} reads a picture with a text: all of the above. The outputs of its queries are F_{r} (B, 32, d).",
         "E_{c} reads a text: text tokens only, no queries, no cross-attention. Its output is F_{c} (B, L_{c}, d).",
-        "E_{t} reads a picture: queries and picture tokens, no text. Its output is F_{t} or F′_{r} (B, 32, d).")
+        "E_{t} reads a picture: queries and picture tokens, no text. Its output is F_{t} or F′_{r} (B, 32, d).",
+    )
     return figure
 
 
@@ -600,10 +746,12 @@ def draw_hca() -> Figure:
     description = (
         "Linear layers make Q from F_r, K from F_c, and K' and V from F_t. A is Q times K transposed, B is K times K' "
         "transposed, both divided by the square root of d. P is the softmax of A times B over the target tokens, with "
-        "dropout. Row 0 of P times V is the output.")
+        "dropout. Row 0 of P times V is the output."
+    )
     figure = Figure(900, 640, "HCA: hinge-based cross-attention", description)
-    figure.heading("HCA: hinge-based cross-attention",
-                   "Shapes of one triplet with BLIP-2; a batch adds an axis in front.")
+    figure.heading(
+        "HCA: hinge-based cross-attention", "Shapes of one triplet with BLIP-2; a batch adds an axis in front."
+    )
     figure.text(560, 96, "Left edge: rows. Upper edge: columns.", anchor="start")
     for n, (look, name) in enumerate((("r", "reference and text"), ("c", "text"), ("t", "target"))):
         figure.path((560, 122 + 22 * n), (590, 122 + 22 * n), look=look, heads="none", stroke=5)
@@ -613,20 +761,28 @@ def draw_hca() -> Figure:
     draw_hca_output(figure, value)
     figure.rule(545)
     figure.notes(
-        569, "There is no softmax on A or B alone, no residual and no norm:  A B = Q K^{T} K K′^{T} / d.",
+        569,
+        "There is no softmax on A or B alone, no residual and no norm:  A B = Q K^{T} K K′^{T} / d.",
         "The Gram matrix K^{T} K of the text (d, d) is the metric between Q of the reference and K′ of the target.",
-        "Scores:  z_{tbia}(i, j) = 10 · HCA_{i} · F_{r}[0]_{j}.  Only row 0 of Q is needed for the output.")
+        "Scores:  z_{tbia}(i, j) = 10 · HCA_{i} · F_{r}[0]_{j}.  Only row 0 of Q is needed for the output.",
+    )
     return figure
 
 
 def draw_hca_inputs(figure: Figure) -> list:  # boxes of Q, K, K' and V
     "F_r, F_c and F_t, the linear layers, and what they give."
-    sources = dict(r=figure.matrix(30, 140 - SIDE / 2, SIDE, SIDE, "F_{r}", "(32, d)", "r"),
-                   c=figure.matrix(30, 250 - LOW / 2, SIDE, LOW, "F_{c}", "(L_{c}, d)", "c"),
-                   t=figure.matrix(30, 415 - SIDE / 2, SIDE, SIDE, "F_{t}", "(32, d)", "t"))
+    sources = dict(
+        r=figure.matrix(30, 140 - SIDE / 2, SIDE, SIDE, "F_{r}", "(32, d)", "r"),
+        c=figure.matrix(30, 250 - LOW / 2, SIDE, LOW, "F_{c}", "(L_{c}, d)", "c"),
+        t=figure.matrix(30, 415 - SIDE / 2, SIDE, SIDE, "F_{t}", "(32, d)", "t"),
+    )
     boxes = []
-    for look, layer, name, middle in (("r", "W_{q}", "Q", 140), ("c", "W_{c}", "K", 250), ("t", "W_{t}", "K′", 360),
-                                      ("t", "W_{v}", "V", 470)):
+    for look, layer, name, middle in (
+        ("r", "W_{q}", "Q", 140),
+        ("c", "W_{c}", "K", 250),
+        ("t", "W_{t}", "K′", 360),
+        ("t", "W_{v}", "V", 470),
+    ):
         source = sources[look]
         bend = [(108, source.middle_y), (108, middle)] if look == "t" else []
         figure.path((source.right, source.middle_y), *bend, (130, middle), look=look)
@@ -639,8 +795,12 @@ def draw_hca_inputs(figure: Figure) -> list:  # boxes of Q, K, K' and V
 
 def draw_hca_links(figure: Figure, query: Box, key: Box, target_key: Box):
     "A and B, the products that link the text with either picture, and their product."
-    for box, shift, end, look in ((query, 0, 177, "r"), (key, -9, 203, "c"), (key, 9, 297, "c"),
-                                  (target_key, 0, 323, "t")):
+    for box, shift, end, look in (
+        (query, 0, 177, "r"),
+        (key, -9, 203, "c"),
+        (key, 9, 297, "c"),
+        (target_key, 0, 323, "t"),
+    ):
         y = box.middle_y + shift
         figure.path((box.right, y), (322, y), (322, end), look=look)
     for y in (190, 310):
@@ -678,10 +838,13 @@ def draw_tac() -> Figure:
     description = (
         "Two attentions, M1 and M2. M1 has F'_r as query and F_t as key and value; three more passes have the same "
         "query and the last output as key and value. M2 is the mirror image with F_t as query. The output is the mean "
-        "of token 0 of both results.")
+        "of token 0 of both results."
+    )
     figure = Figure(900, 590, "TAC: twin-attention compositor", description)
-    figure.heading("TAC: twin-attention compositor", "Shapes of one triplet with BLIP-2. "
-                   "Every block M_{1} has the same weights, and so has every block M_{2}.")
+    figure.heading(
+        "TAC: twin-attention compositor",
+        "Shapes of one triplet with BLIP-2. Every block M_{1} has the same weights, and so has every block M_{2}.",
+    )
     figure.matrix(30, 112, SIDE, SIDE, "F′_{r}", "(32, d)", "r")
     figure.matrix(30, 410, SIDE, SIDE, "F_{t}", "(32, d)", "t")
     figure.path((88, 153), (150, 153), (150, 380), (220, 380), look="r", dashed=True)
@@ -700,17 +863,18 @@ def draw_tac() -> Figure:
         520,
         "A pass is attention with one head:  softmax(q k^{T} / √d) v,  with projections of q, k, v and the result.",
         "There is no dropout, no residual, no norm and no feed-forward network.",
-        "Output:  TAC = (o_{1}[0] + o_{2}[0]) / 2.   Scores:  z_{ctr}(i, j) = 10 · F_{c}[0]_{i} · TAC_{j}.")
+        "Output:  TAC = (o_{1}[0] + o_{2}[0]) / 2.   Scores:  z_{ctr}(i, j) = 10 · F_{c}[0]_{i} · TAC_{j}.",
+    )
     return figure
 
 
 def draw_passes(
     figure: Figure,
-    module: str,      # the name of the attention
-    output: str,      # the name of what it gives
-    look: str,        # of the picture that gives the queries
-    questions: float, # height of the line that brings the queries
-    middle: float,    # height of the blocks
+    module: str,  # the name of the attention
+    output: str,  # the name of what it gives
+    look: str,  # of the picture that gives the queries
+    questions: float,  # height of the line that brings the queries
+    middle: float,  # height of the blocks
 ):
     "Four passes of one attention, each with the same queries."
     edge = middle - 32 if questions < middle else middle + 32
@@ -721,7 +885,8 @@ def draw_passes(
         block = figure.box(220 + 136 * n, middle - 32, 90, 64, f"*{module}", f"pass {n + 1}")
         figure.text(block.middle_x + 8, label, "q", 13, "start", muted=True)
         figure.path((block.right, middle), (block.right + 46 if n < 3 else 764, middle))
-        if n == 3: continue
+        if n == 3:
+            continue
         figure.path((block.middle_x, questions), (block.middle_x, edge), look=look, dashed=look == "r")
         figure.dot(block.middle_x, questions, look)
         figure.text(block.right + 23, middle - 14, output)
@@ -732,12 +897,14 @@ def draw_passes(
 # A training step, the cache, and the states of a run
 # ------------------------------------------------------------------------------------------------------------------
 
+
 def draw_step() -> Figure:
     "The data flow of a training step."
     description = (
         "A batch of texts and pictures goes through the frozen trunk and through embed, which gives five vectors for "
         "each triplet: f_r, f_c, f_t, HCA and TAC. compare makes three B by B score matrices of them, lose makes one "
-        "loss. Gradients flow back as far as the encoders, not into the trunk.")
+        "loss. Gradients flow back as far as the encoders, not into the trunk."
+    )
     figure = Figure(900, 575, "The data flow of a training step", description)
     figure.heading("The data flow of a training step")
     figure.bracket(24, 505, 76, "each triplet by itself: row i depends on triplet i only")
@@ -772,15 +939,22 @@ def draw_step() -> Figure:
     figure.notes(
         523,
         "f_{r} = F_{r}[0],  f_{c} = F_{c}[0],  f_{t} = F_{t}[0].  The right answers are on the diagonals.",
-        "After backward, AdamW updates the encoders that train, HCA, TAC and the frame.")
+        "After backward, AdamW updates the encoders that train, HCA, TAC and the frame.",
+    )
     return figure
 
 
 def draw_backward(figure: Figure, trunk: Box, embed: Box, compare: Box, lose: Box):
     "The way of the gradient, from the loss to where it stops."
     y = 462
-    figure.path((lose.middle_x, lose.bottom), (lose.middle_x, y), (embed.middle_x, y), (embed.middle_x, embed.bottom),
-                look="g", stroke=3.5)
+    figure.path(
+        (lose.middle_x, lose.bottom),
+        (lose.middle_x, y),
+        (embed.middle_x, y),
+        (embed.middle_x, embed.bottom),
+        look="g",
+        stroke=3.5,
+    )
     figure.path((compare.middle_x, y), (compare.middle_x, compare.bottom), look="g", stroke=3.5)
     figure.path((embed.middle_x, y), (trunk.middle_x + 6, y), look="g", stroke=3.5, heads="none", dashed=True)
     figure.path((trunk.middle_x, y - 14), (trunk.middle_x, y + 14), heads="none", stroke=4)
@@ -793,7 +967,8 @@ def draw_cache() -> Figure:
     description = (
         "Left: once for every picture, transform and frozen trunk make tokens, which are written to disk in shards of "
         "64 pictures. Where the image encoder E_t is frozen, its output is written, too. Right: a training step reads "
-        "tokens and embeddings, not pictures.")
+        "tokens and embeddings, not pictures."
+    )
     figure = Figure(900, 470, "The cache: pictures are read once, training steps read tokens", description)
     figure.heading("The cache: pictures are read once, training steps read tokens")
     upper, lower = 160, 312  # heights of tokens and of constant targets
@@ -808,10 +983,19 @@ def draw_cache() -> Figure:
     figure.path((98, upper), (128, upper))
     figure.path((220, upper), (268, upper))
     figure.path((314, upper + 40), (314, lower - 40))
-    figure.lines(244, lower, "*constant targets", "only with --cache auto", "and --encoder multi", "or --encoder text",
-                 anchor="end")
-    rows = ((upper, "trunk", "token", "(64, N, w)", "V_{r}, V_{t}", "(B, N, w)"),
-            (lower, "E_{t}", "target", "(64, 32, d)", "F′_{r}, F_{t}", "(B, 32, d)"))
+    figure.lines(
+        244,
+        lower,
+        "*constant targets",
+        "only with --cache auto",
+        "and --encoder multi",
+        "or --encoder text",
+        anchor="end",
+    )
+    rows = (
+        (upper, "trunk", "token", "(64, N, w)", "V_{r}, V_{t}", "(B, N, w)"),
+        (lower, "E_{t}", "target", "(64, 32, d)", "F′_{r}, F_{t}", "(B, 32, d)"),
+    )
     for y, network, kind, shape_on_disk, names, shape in rows:
         frozen = figure.box(268, y - 40, 92, 80, f"*{network}", "frozen", look="frozen")
         figure.lock(frozen.right - 12, frozen.y + 12)
@@ -820,11 +1004,23 @@ def draw_cache() -> Figure:
         figure.path((shards.right, y), (740, y))
         figure.text(668, y - 15, names, 16, bold=True)
         figure.text(668, y + 16, shape, 13, muted=True)
-    figure.box(740, upper - 44, 128, lower - upper + 88, "*training step", "E_{m}, E_{c}, frame,", "HCA, TAC, loss;",
-               "E_{t} unless its", "output is on disk", size=13)
+    figure.box(
+        740,
+        upper - 44,
+        128,
+        lower - upper + 88,
+        "*training step",
+        "E_{m}, E_{c}, frame,",
+        "HCA, TAC, loss;",
+        "E_{t} unless its",
+        "output is on disk",
+        size=13,
+    )
     figure.notes(
-        417, "The trunk is frozen and there is no augmentation, so its output for a picture is a constant.",
-        "Where target shards are read, V_{t} is not needed. Texts are short and are read from the annotations.")
+        417,
+        "The trunk is frozen and there is no augmentation, so its output for a picture is a constant.",
+        "Where target shards are read, V_{t} is not needed. Texts are short and are read from the annotations.",
+    )
     return figure
 
 
@@ -833,10 +1029,12 @@ def draw_run_states() -> Figure:
     description = (
         "A new run trains an epoch, validates if that is due, saves, and goes on until it is finished. It stops early "
         "by Ctrl-C or SIGTERM, by a loss that is not finite, or because it is killed. A stopped run is resumed from "
-        "last/ and trains on; a finished one is resumed with a larger number of epochs.")
+        "last/ and trains on; a finished one is resumed with a larger number of epochs."
+    )
     figure = Figure(900, 580, "The states of a run", description)
-    figure.heading("The states of a run",
-                   "A run is what cala-train does in one folder, from its first epoch to its last.")
+    figure.heading(
+        "The states of a run", "A run is what cala-train does in one folder, from its first epoch to its last."
+    )
     new = figure.box(24, 178, 92, 54, "*new", radius=24)
     training = figure.box(186, 178, 140, 54, "*training", "an epoch", radius=24)
     validating = figure.box(416, 178, 122, 54, "*validating", radius=24)
@@ -854,30 +1052,57 @@ def draw_run_states() -> Figure:
     figure.text(464, 82, "epochs remain", 13)
     draw_stops(figure, training, validating, finished)
     figure.notes(
-        525, "best/ holds the weights with the best validation score, last/ all that a run needs to go on bit for bit.",
-        "With --save-steps N, last/ is saved every N steps of an epoch, too.")
+        525,
+        "best/ holds the weights with the best validation score, last/ all that a run needs to go on bit for bit.",
+        "With --save-steps N, last/ is saved every N steps of an epoch, too.",
+    )
     return figure
 
 
 def draw_stops(figure: Figure, training: Box, validating: Box, finished: Box):
     "The three ways to stop early, and how a run goes on."
-    signals = figure.box(163, 282, 226, 92, "*Ctrl-C or SIGTERM", "the step in progress ends, or",
-                         "validation stops at once;", "then last/ is saved", look="cell", size=13)
-    nonfinite = figure.box(403, 282, 236, 92, "*loss or gradient not finite", "last/ is saved without this step;",
-                           "nonfinite.json names the batch", look="cell", size=13)
-    killed = figure.box(653, 282, 178, 92, "*killed", "SIGKILL, power failure:", "last/ stays as it was",
-                        look="cell", size=13)
+    signals = figure.box(
+        163,
+        282,
+        226,
+        92,
+        "*Ctrl-C or SIGTERM",
+        "the step in progress ends, or",
+        "validation stops at once;",
+        "then last/ is saved",
+        look="cell",
+        size=13,
+    )
+    nonfinite = figure.box(
+        403,
+        282,
+        236,
+        92,
+        "*loss or gradient not finite",
+        "last/ is saved without this step;",
+        "nonfinite.json names the batch",
+        look="cell",
+        size=13,
+    )
+    killed = figure.box(
+        653, 282, 178, 92, "*killed", "SIGKILL, power failure:", "last/ stays as it was", look="cell", size=13
+    )
     figure.path((signals.middle_x, training.bottom), (signals.middle_x, signals.y))
     figure.path((signals.middle_x, 258), (killed.middle_x, 258), (killed.middle_x, killed.y))
     figure.path((nonfinite.middle_x, 258), (nonfinite.middle_x, nonfinite.y))
     figure.path((validating.middle_x, validating.bottom), (validating.middle_x, 258), heads="none")
-    for x in (signals.middle_x, validating.middle_x, nonfinite.middle_x): figure.dot(x, 258)
+    for x in (signals.middle_x, validating.middle_x, nonfinite.middle_x):
+        figure.dot(x, 258)
     figure.text(624, 244, "the run stops early", 13)
     stopped = figure.box(456, 424, 130, 46, "*stopped", radius=22)
     resumed = figure.box(24, 424, 110, 46, "*resumed", radius=22)
     for cause in (signals, killed):
-        figure.path((cause.middle_x, cause.bottom), (cause.middle_x, 398), (stopped.middle_x, 398),
-                    (stopped.middle_x, stopped.y))
+        figure.path(
+            (cause.middle_x, cause.bottom),
+            (cause.middle_x, 398),
+            (stopped.middle_x, 398),
+            (stopped.middle_x, stopped.y),
+        )
     figure.path((nonfinite.middle_x, nonfinite.bottom), (stopped.middle_x, stopped.y))
     figure.path((stopped.x, 447), (resumed.right, 447))
     figure.text(290, 433, "--resume: weights, optimizer, schedule,", 13)
@@ -891,14 +1116,54 @@ def draw_stops(figure: Figure, training: Box, validating: Box, finished: Box):
 # The wings of the project
 # ------------------------------------------------------------------------------------------------------------------
 
-LESSONS = ("00  task", "01  data", "02  contrast", "03  qformer", "04  encoders", "05  composition", "06  associations",
-           "07  objectives", "08  model", "09  retrieval", "10  training", "11  findings")
+LESSONS = (
+    "00  task",
+    "01  data",
+    "02  contrast",
+    "03  qformer",
+    "04  encoders",
+    "05  composition",
+    "06  associations",
+    "07  objectives",
+    "08  model",
+    "09  retrieval",
+    "10  training",
+    "11  findings",
+)
 WITHOUT_MODULE = "00  task", "11  findings"
 BACKBONES = ("blip2", "clip", "contract")
-LIBRARY = ("atlas", "audit", "cache", "checkpoint", "cli", "files", "gallery", "gradcache", "loading", "pictures",
-           "probes", "processes", "released", "resume", "show", "submission", "trackers", "worlds")
-SCRIPTS = ("ablation", "benchmark", "cache", "check", "cirr_submission", "combiner", "demo", "search", "train",
-           "validate")
+LIBRARY = (
+    "atlas",
+    "audit",
+    "cache",
+    "checkpoint",
+    "cli",
+    "files",
+    "gallery",
+    "gradcache",
+    "loading",
+    "pictures",
+    "probes",
+    "processes",
+    "released",
+    "resume",
+    "show",
+    "submission",
+    "trackers",
+    "worlds",
+)
+SCRIPTS = (
+    "ablation",
+    "benchmark",
+    "cache",
+    "check",
+    "cirr_submission",
+    "combiner",
+    "demo",
+    "search",
+    "train",
+    "validate",
+)
 
 
 def draw_wings() -> Figure:
@@ -906,11 +1171,14 @@ def draw_wings() -> Figure:
     description = (
         f"Four columns: method, backbones, library, scripts. Every column imports only from columns to its left. "
         f"The lessons of the method in reading order: {', '.join(LESSONS)}. Backbones: {', '.join(BACKBONES)}. "
-        f"Library: {', '.join(LIBRARY)}. Scripts: {', '.join(SCRIPTS)}.")
+        f"Library: {', '.join(LIBRARY)}. Scripts: {', '.join(SCRIPTS)}."
+    )
     figure = Figure(900, 632, "The four wings of the project", description)
-    figure.heading("The four wings of the project",
-                   "An arrow means: imports from. A wing imports only from wings to its left.",
-                   "The lessons of the method are in reading order; a dashed lesson has no module.")
+    figure.heading(
+        "The four wings of the project",
+        "An arrow means: imports from. A wing imports only from wings to its left.",
+        "The lessons of the method are in reading order; a dashed lesson has no module.",
+    )
     method = draw_wing(figure, 24, 200, "method", "nbs/method", "cala/*.py")
     backbones = draw_wing(figure, 266, 150, "backbones", "nbs/backbones", "cala/backbones")
     library = draw_wing(figure, 458, 238, "library", "nbs/library", "cala/library")
@@ -920,10 +1188,12 @@ def draw_wings() -> Figure:
     figure.path((42, 202), (42, 600), stroke=2.4)
     for n, lesson in enumerate(LESSONS):
         figure.box(60, 200 + 34 * n, 152, 28, lesson, look="cell", dashed=lesson in WITHOUT_MODULE, stroke=1.2)
-    for n, name in enumerate(BACKBONES): figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
+    for n, name in enumerate(BACKBONES):
+        figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(LIBRARY):
         figure.box(470 + 112 * (n % 2), 200 + 34 * (n // 2), 102, 28, name, look="cell", stroke=1.2)
-    for n, name in enumerate(SCRIPTS): figure.box(746, 200 + 34 * n, 126, 28, name, look="cell", stroke=1.2)
+    for n, name in enumerate(SCRIPTS):
+        figure.box(746, 200 + 34 * n, 126, 28, name, look="cell", stroke=1.2)
     return figure
 
 
@@ -939,26 +1209,37 @@ def draw_wing(figure: Figure, x: float, width: float, name: str, notebooks: str,
 # All figures
 # ------------------------------------------------------------------------------------------------------------------
 
+
 def all_figures() -> dict:  # file name -> Figure
     "Every figure by the name of its file."
     figures = {f"architecture_{part}.svg" if part else "architecture.svg": draw_architecture(part) for part in LIT}
     return figures | {
-        "associations.svg": draw_associations(), "qformer.svg": draw_qformer(), "hca.svg": draw_hca(),
-        "tac.svg": draw_tac(), "step.svg": draw_step(), "cache.svg": draw_cache(), "run_states.svg": draw_run_states(),
-        "wings.svg": draw_wings()}
+        "associations.svg": draw_associations(),
+        "qformer.svg": draw_qformer(),
+        "hca.svg": draw_hca(),
+        "tac.svg": draw_tac(),
+        "step.svg": draw_step(),
+        "cache.svg": draw_cache(),
+        "run_states.svg": draw_run_states(),
+        "wings.svg": draw_wings(),
+    }
 
 
 def main(
     check: bool,  # compare, and write nothing
-) -> int:         # 1 if a file differs
+) -> int:  # 1 if a file differs
     "Write all files, or compare them with what would be written."
     stale = []
     for name, figure in all_figures().items():
         path, content = HERE / name, figure.svg().encode()
-        if not check: path.write_bytes(content)
-        elif not path.exists() or path.read_bytes() != content: stale.append(name)
-    if stale: print(f"not as draw.py draws them: {', '.join(stale)}; run python nbs/images/draw.py", file=sys.stderr)
+        if not check:
+            path.write_bytes(content)
+        elif not path.exists() or path.read_bytes() != content:
+            stale.append(name)
+    if stale:
+        print(f"not as draw.py draws them: {', '.join(stale)}; run python nbs/images/draw.py", file=sys.stderr)
     return 1 if stale else 0
 
 
-if __name__ == "__main__": sys.exit(main("--check" in sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
