@@ -1,295 +1,531 @@
-"""The tutorials in a real JupyterLab and a real browser: `python .ci/browser.py [notebook ...]`, by default all of nbs/tutorials.
+"""Open the tutorials in a real JupyterLab and a real browser.
 
-All cells of each are run by the menu, and none may fail or be left out. Widgets are then moved as a reader would (a slider dragged, a sentence typed, a picture clicked), and what
-they show has to follow. Pictures of all of it, in the light theme and in the dark, go to _browser. The browser is the system's Chromium or Chrome, driven by Playwright; none is
-fetched. JupyterLab works on a copy, with settings of its own, so neither the notebooks nor the reader's JupyterLab are touched."""
+python .ci/browser.py                 all notebooks of nbs/tutorials
+python .ci/browser.py first_run ...   only these
+
+It runs all cells of a tutorial with the menu; no cell may fail or be left out. Then it uses the widgets as a reader
+does: it drags a slider, types a sentence, clicks a picture. What a widget shows must follow. Pictures in the light and in
+the dark theme go to _browser.
+
+The browser is the Chromium or Chrome of the system, driven by Playwright; nothing is downloaded. JupyterLab works on a
+copy of nbs and with settings of its own, so the notebooks and the reader's own JupyterLab stay as they are.
+"""
+
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 from time import sleep
 
-import nbformat
+from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parent.parent
+from notebooks import ROOT
+from notebooks import read_notebook
+
 PICTURES = ROOT / "_browser"
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-WIDE, HIGH, PATIENCE = 1280, 900, 1200   # pixels of the window; seconds that a notebook may run
+BROWSERS = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+]
+BROWSER_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WIDTH, HEIGHT = 1280, 900  # pixels of the window
+LONGEST_PICTURE = 16_000  # pixels that a browser can draw
+RUN_TIMEOUT = 1200  # seconds that a notebook may run
+TIMEOUT = 180  # seconds that any other step may take, on a machine that is busy
 
 
-class Fault(Exception): "What a reader would have stumbled over."
+class Fault(Exception):
+    "Something that a reader would notice."
 
 
-def find_browser():
-    "The path of a Chromium or Chrome; CHROMIUM names it where it is elsewhere."
-    found = [path for name in (os.environ.get("CHROMIUM"), *BROWSERS) if name and (path := shutil.which(name))]
-    if not found: raise SystemExit("browser: no Chromium or Chrome on this machine; install one (Debian: apt-get install chromium) or name it by CHROMIUM=path")
-    return found[0]
+def require(
+    condition: bool,
+    message: str,
+):
+    "Raise a Fault unless the condition is true."
+    if not condition:
+        raise Fault(message)
+
+
+def find_browser() -> str:
+    "The path of a Chromium or Chrome; the environment variable CHROMIUM can name it."
+    for name in (os.environ.get("CHROMIUM"), *BROWSERS):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    raise SystemExit(
+        "browser: no Chromium or Chrome on this machine; "
+        "install one (Debian: apt-get install chromium) or name it with CHROMIUM=path"
+    )
 
 
 # JupyterLab
 
+
 @contextmanager
-def jupyterlab(folder):
-    "A server on this machine over a copy of nbs; yields its address, token and the copy."
+def start_jupyterlab(
+    folder: Path,  # an empty folder for the copy of nbs and for all settings
+) -> Iterator[tuple[str, str, Path]]:
+    "Run a server on this machine over a copy of nbs; yields its address, its token and the copy."
     copy, home = folder / "nbs", folder / "jupyter"
     shutil.copytree(ROOT / "nbs", copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     settings = home / "lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    places = {f"JUPYTER_{name}_DIR": str(home) for name in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("CALA_")} | places
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CALA_")}
+    for name in ("CONFIG", "DATA", "RUNTIME"):
+        environment[f"JUPYTER_{name}_DIR"] = str(home)
+    environment["JUPYTERLAB_WORKSPACES_DIR"] = str(home / "workspaces")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={copy}"]
-    with open(folder / "lab.log", "w+") as log:
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={copy}"]
+    log_path = folder / "lab.log"
+    with open(log_path, "w+") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-        signal.signal(signal.SIGTERM, lambda *_: (server.terminate(), os._exit(143)))   # whoever ends us ends JupyterLab
-        try: yield address(server, home, folder / "lab.log"), copy
-        finally: server.terminate(); server.wait(30)
+
+        def end_both(*_):
+            server.terminate()
+            os._exit(143)
+
+        signal.signal(signal.SIGTERM, end_both)  # JupyterLab must not run on when this process is ended
+        try:
+            yield *wait_for_server(server, home, log_path), copy
+        finally:
+            server.terminate()
+            server.wait(30)
 
 
-def address(server, home, log, patience=180):
-    "Where a server that is starting listens, and its token."
-    for _ in range(patience * 10):
-        if server.poll() is not None: raise SystemExit(f"browser: JupyterLab did not start:\n{log.read_text()[-2000:]}")
+def wait_for_server(
+    server: subprocess.Popen,
+    home: Path,  # where the server writes a file with its address
+    log_path: Path,
+) -> tuple[str, str]:  # address and token
+    "Wait until the server has started."
+    end = monotonic() + TIMEOUT
+    while monotonic() < end:
+        if server.poll() is not None:
+            raise SystemExit(f"browser: JupyterLab did not start:\n{log_path.read_text()[-2000:]}")
         for path in home.glob("jpserver-*.json"):
-            try: found = json.loads(path.read_text())
-            except ValueError: continue   # still being written
-            return found["url"], found["token"]
+            try:
+                state = json.loads(path.read_text())
+            except ValueError:  # the server is still writing it
+                continue
+            return state["url"], state["token"]
         sleep(0.1)
-    raise SystemExit(f"browser: JupyterLab did not start within {patience} s:\n{log.read_text()[-2000:]}")
+    raise SystemExit(f"browser: JupyterLab did not start within {TIMEOUT} s:\n{log_path.read_text()[-2000:]}")
 
 
-def menu(page, name, *items):
-    "Choose from a menu, as a reader would."
-    page.locator(".lm-MenuBar-item").get_by_text(name, exact=True).click()
-    for item in items: page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).click()
+def choose_in_menu(
+    page,
+    menu: str,
+    *items: str,  # an item of the menu, of its submenu, ...
+):
+    "Choose from a menu, as a reader does."
+    page.locator(".lm-MenuBar-item").get_by_text(menu, exact=True).click()
+    for item in items:
+        page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).click()
 
 
-def open_notebook(page, url, token, path):
-    "Open one notebook, alone, and wait for its kernel."
+def open_notebook(
+    page,
+    url: str,
+    token: str,
+    path: Path,
+):
+    "Open one notebook alone and wait for its kernel."
     page.goto(f"{url}lab/workspaces/{path.stem}/tree/tutorials/{path.name}?token={token}&reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()   # asked before, JupyterLab would want to know which kernel
+    # A cell that is run before the kernel is ready makes JupyterLab ask which kernel to use.
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()
 
 
-def run_all(page, look):
-    "Run all cells by the menu; `look` is called again and again while they run."
+def run_all_cells(
+    page,
+    watch: Callable[[], None],  # called again and again while the cells run
+):
+    "Run all cells with the menu and wait for the last."
     pending = page.locator(".jp-InputPrompt", has_text="[*]:")
-    menu(page, "Run", "Run All Cells")
+    choose_in_menu(page, "Run", "Run All Cells")
     pending.first.wait_for(state="attached")
-    end = monotonic() + PATIENCE
+    end = monotonic() + RUN_TIMEOUT
     while pending.count():
-        if monotonic() > end: raise Fault(f"still running after {PATIENCE} s")
-        look()
+        require(monotonic() < end, f"still running after {RUN_TIMEOUT} s")
+        watch()
         sleep(0.2)
 
 
-def saved(page, path):
-    "The notebook as JupyterLab writes it."
+def save_notebook(
+    page,
+    path: Path,
+) -> NotebookNode:
+    "Save the notebook in JupyterLab and read the file."
     page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').click()
     page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
-    return nbformat.read(path, as_version=4)
+    return read_notebook(path)
 
 
-def faults(notebook):
-    "Cells that failed or were never run: a line each."
-    for n, cell in enumerate(notebook.cells):
-        if cell.cell_type != "code" or not cell.source.strip(): continue
-        wrong = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"] or ["was not run"] * (cell.execution_count is None)
-        yield from (f"cell {n} ({cell.source.splitlines()[0][:60]}): {what}" for what in wrong)
+def cell_faults(
+    notebook: NotebookNode,
+) -> list[str]:
+    "A line for each code cell that failed or was not run."
+    faults = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        messages = [f"{part.ename}: {part.evalue}" for part in cell.outputs if part.output_type == "error"]
+        if not messages and cell.execution_count is None:
+            messages = ["was not run"]
+        for message in messages:
+            faults.append(f"cell {number} ({cell.source.splitlines()[0][:60]}): {message}")
+    return faults
 
 
 # What a widget shows, and whether it follows
 
-LOOK = """async widget => {
-  const digest = async img => [...new Uint8Array(await crypto.subtle.digest("SHA-1", await (await fetch(img.src)).arrayBuffer()))].map(b => b.toString(16).padStart(2, "0")).join("");
-  return {pictures: await Promise.all([...widget.querySelectorAll("img")].map(digest)),
-          said: widget.innerText, sentence: widget.querySelector("input[type=text]")?.value}
+READ_WIDGET = """async widget => {
+  const digest = async image => {
+    const bytes = await (await fetch(image.src)).arrayBuffer();
+    const hash = new Uint8Array(await crypto.subtle.digest("SHA-1", bytes));
+    return [...hash].map(byte => byte.toString(16).padStart(2, "0")).join("");
+  };
+  return {
+    pictures: await Promise.all([...widget.querySelectorAll("img")].map(digest)),
+    words: widget.innerText,
+    sentence: widget.querySelector("input[type=text]")?.value,
+  };
 }"""
 
 
-def look(widget):
-    "Fingerprints of a widget's pictures, its words and its sentence; None in the moment in which a picture is replaced."
-    try: return widget.evaluate(LOOK)
+def read_widget(
+    widget,
+) -> dict | None:
+    "The hashes of a widget's pictures, its words and its sentence; None at the moment when a picture is replaced."
+    try:
+        return widget.evaluate(READ_WIDGET)
     except Exception as error:
-        if "fetch" in str(error): return None
+        if "fetch" in str(error):
+            return None
         raise
 
 
-def until(widget, true, what, patience=180):
-    "What the widget shows once that is so, the kernel is idle and nothing moves any more."
-    idle, last, end = widget.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]'), None, monotonic() + patience
+def wait_until(
+    widget,
+    condition: Callable[[dict], bool],  # of what `read_widget` returns
+    message: str,  # of the Fault, if the condition stays false
+) -> dict:
+    "What the widget shows when the condition is true, the kernel is idle and the widget no longer changes."
+    idle = widget.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    previous, end = None, monotonic() + TIMEOUT
     while monotonic() < end:
         sleep(0.3)
-        now = look(widget) if idle.count() else None
-        if now and now == last and true(now): return now
-        last = now
-    raise Fault(what)
+        current = read_widget(widget) if idle.count() else None
+        if current and current == previous and condition(current):
+            return current
+        previous = current
+    raise Fault(message)
 
 
-def after(widget, act, what, changes="pictures"):
-    "What the widget shows after a move; its pictures, or its words, have to be others."
-    before = until(widget, bool, "the kernel does not come to rest")
-    act()
-    return until(widget, lambda now: now[changes] != before[changes], f"{what}, and the {'words' if changes == 'said' else changes} stay as they were")
+def wait_until_idle(
+    widget,
+) -> dict:
+    "What the widget shows when the kernel is idle."
+    return wait_until(widget, bool, "the kernel does not become idle")
 
 
-def need(true, what):
-    if not true: raise Fault(what)
+def see_change(
+    widget,
+    move: Callable[[], object],  # uses a control
+    description: str,  # what `move` does, for the message
+    part: str = "pictures",  # or words: what must change
+) -> dict:
+    "What the widget shows after a move, which must change its pictures or its words."
+    before = wait_until_idle(widget)
+    move()
+    message = f"{description}, and the {part} do not change"
+    return wait_until(widget, lambda current: current[part] != before[part], message)
 
 
-def drag(page, widget, share, which=0):
-    "Drag a slider's handle to a share of its track."
-    handle, track = (widget.locator(part).nth(which).bounding_box() for part in (".noUi-handle", ".noUi-base"))
+def drag_slider(
+    page,
+    widget,
+    share: float,  # of the track, from 0 to 1
+    number: int = 0,  # which slider of the widget
+):
+    "Drag a slider's handle to a place on its track."
+    handle = widget.locator(".noUi-handle").nth(number).bounding_box()
+    track = widget.locator(".noUi-base").nth(number).bounding_box()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
     page.mouse.move(track["x"] + share * track["width"], track["y"] + track["height"] / 2, steps=8)
     page.mouse.up()
 
 
-def type_in(widget, sentence):
+def type_sentence(
+    widget,
+    sentence: str,
+):
+    "Type into the widget's text box and press Enter."
     box = widget.locator("input[type=text]").first
     box.fill(sentence)
     box.press("Enter")
 
 
-def move_explorer(page, widget, shot):
-    "A slider, a sentence, an association, a picture: each has to change the ranking."
-    first = until(widget, bool, "the kernel does not come to rest")
-    shot("as it opens")
-    slid = after(widget, lambda: drag(page, widget, 0.6), "the slider was dragged")
-    need(slid["sentence"] != first["sentence"] and slid["pictures"][1:] != first["pictures"][1:], "another triplet, and its sentence or ranking is still the old one")
-    shot("slider dragged")
-    for sentence in (first["sentence"], "add a large red star in the centre", "make everything small"):   # each has other scores; not each has other answers
-        typed = after(widget, lambda: type_in(widget, sentence), "a sentence was typed", changes="said")
-        need(typed["pictures"][0] == slid["pictures"][0], "a sentence was typed, and the reference changed")
-        if typed["pictures"] != slid["pictures"]: break
-    need(typed["pictures"] != slid["pictures"], "sentences were typed, and the ranking is still the old one")
-    shot("sentence typed")
-    back = after(widget, lambda: type_in(widget, slid["sentence"]), "the old sentence was typed again")
-    need(back["pictures"] == slid["pictures"], "the old sentence does not bring the old ranking back")
-    votes = widget.locator("input[type=checkbox]:enabled")
-    if votes.count():
-        votes.last.check()
-        until(widget, lambda now: now["said"] != back["said"], "an association was added, and no score changed")
-        shot("an association votes")
-        votes.last.uncheck()
-        until(widget, lambda now: now == back, "an association was added and removed, and the ranking is not what it was")
-    clicked = after(widget, lambda: widget.locator("button").nth(3).click(), "a picture was clicked")
-    need(clicked["pictures"][0] == back["pictures"][3], "the picture that was clicked is not the reference now")
-    need(clicked["pictures"][1:] != back["pictures"][1:], "a picture was clicked, and the ranking is still the old one")
-    shot("third answer clicked")
+def use_explorer(
+    page,
+    widget,
+    save_picture: Callable[[str], None],  # takes the name of a moment
+):
+    "Drag the slider, type a sentence, let an association vote, click a picture: each must change the ranking."
+    first = wait_until_idle(widget)
+    save_picture("at first")
+
+    dragged = see_change(widget, lambda: drag_slider(page, widget, 0.6), "the slider was dragged")
+    require(dragged["sentence"] != first["sentence"], "another triplet was chosen, and the sentence did not change")
+    require(
+        dragged["pictures"][1:] != first["pictures"][1:], "another triplet was chosen, and the ranking did not change"
+    )
+    save_picture("slider dragged")
+
+    # Each sentence changes the scores, but not each changes the order of the pictures that are shown.
+    for sentence in (first["sentence"], "add a large red star in the centre", "make everything small"):
+        typed = see_change(widget, lambda text=sentence: type_sentence(widget, text), "a sentence was typed", "words")
+        require(typed["pictures"][0] == dragged["pictures"][0], "a sentence was typed, and the reference changed")
+        if typed["pictures"] != dragged["pictures"]:
+            break
+    require(typed["pictures"] != dragged["pictures"], "sentences were typed, and the ranking did not change")
+    save_picture("sentence typed")
+
+    restored = see_change(widget, lambda: type_sentence(widget, dragged["sentence"]), "the first sentence was typed")
+    require(restored["pictures"] == dragged["pictures"], "the first sentence does not bring the first ranking back")
+
+    voters = widget.locator("input[type=checkbox]:enabled")
+    if voters.count():
+        voters.last.check()
+        message = "an association votes, and no score changed"
+        wait_until(widget, lambda current: current["words"] != restored["words"], message)
+        save_picture("an association votes")
+        voters.last.uncheck()
+        message = "the association votes no longer, and the ranking is not the same as before"
+        wait_until(widget, lambda current: current == restored, message)
+
+    clicked = see_change(widget, lambda: widget.locator("button").nth(3).click(), "a picture was clicked")
+    require(clicked["pictures"][0] == restored["pictures"][3], "the picture that was clicked is not the reference now")
+    require(
+        clicked["pictures"][1:] != restored["pictures"][1:], "a picture was clicked, and the ranking did not change"
+    )
+    save_picture("third answer clicked")
 
 
-def move_triplets(page, widget, shot):
-    "A kind of edit, a word, the next one."
-    shot("as it opens")
-    after(widget, lambda: widget.locator("select").select_option("colour"), "a kind was chosen")
-    typed = after(widget, lambda: type_in(widget, "orange"), "a word was typed", changes="said")   # how many there are
-    need("1 of " in typed["said"], "a filtered list does not begin at its first triplet")
-    after(widget, lambda: widget.get_by_role("button", name="next").click(), "next was pressed")
-    shot("filtered, second")
+def use_triplets(
+    page,
+    widget,
+    save_picture: Callable[[str], None],  # takes the name of a moment
+):
+    "Choose a kind of edit, type a word, go to the next triplet."
+    save_picture("at first")
+    see_change(widget, lambda: widget.locator("select").select_option("colour"), "a kind was chosen")
+    typed = see_change(widget, lambda: type_sentence(widget, "orange"), "a word was typed", "words")
+    require("1 of " in typed["words"], "a filtered list does not begin at its first triplet")
+    see_change(widget, lambda: widget.get_by_role("button", name="next").click(), "next was pressed")
+    save_picture("second of the filtered list")
 
 
-def move_atlas(page, widget, shot):
-    "A triplet, a sentence, another token, every sheet."
-    first = until(widget, bool, "the kernel does not come to rest")
-    shot("as it opens")
-    slid = after(widget, lambda: drag(page, widget, 0.3), "the slider was dragged")
-    need(slid["sentence"] != first["sentence"], "another triplet with the old sentence")
-    after(widget, lambda: drag(page, widget, 0.7, which=1), "the slider of the hinge's query was dragged")
-    shot("another query of the hinge")
-    for sheet in ("twins", "looks of the reference", "looks of the target"):
-        after(widget, lambda: widget.get_by_role("button", name=sheet).click(), f"the sheet {sheet} was chosen")
-        shot(sheet)
-    widget.get_by_role("button", name="looks of the reference").click()
-    after(widget, lambda: type_in(widget, "make everything small"), "a sentence was typed")
-    shot("sentence typed")
+def use_atlas(
+    page,
+    widget,
+    save_picture: Callable[[str], None],  # takes the name of a moment
+):
+    "Choose another triplet, another query token, every sheet, and type a sentence."
+    first = wait_until_idle(widget)
+    save_picture("at first")
+    dragged = see_change(widget, lambda: drag_slider(page, widget, 0.3), "the slider was dragged")
+    require(dragged["sentence"] != first["sentence"], "another triplet was chosen, and the sentence did not change")
+    see_change(widget, lambda: drag_slider(page, widget, 0.7, number=1), "the slider of HCA's query was dragged")
+    save_picture("another query of HCA")
+    for sheet in ("TAC", "looks of the reference", "looks of the target"):
+        button = widget.get_by_role("button", name=sheet, exact=True)
+        see_change(widget, button.click, f"the sheet {sheet} was chosen")
+        save_picture(sheet)
+    widget.get_by_role("button", name="looks of the reference", exact=True).click()
+    see_change(widget, lambda: type_sentence(widget, "make everything small"), "a sentence was typed")
+    save_picture("sentence typed")
 
 
-WIDGETS = {"explorer": ('.lm-Widget.widget-vbox:has(> .widget-hbox input[type="checkbox"])', move_explorer),
-           "triplets": ('.lm-Widget.widget-vbox:has(> .widget-hbox input[placeholder="words in the sentence"])', move_triplets),
-           "atlas": (".lm-Widget.widget-vbox:has(> .widget-hbox .widget-toggle-buttons)", move_atlas)}
+# A widget by what it holds, and what a reader does with it.
+WIDGETS = {
+    "explorer": ('.lm-Widget.widget-vbox:has(> .widget-hbox input[type="checkbox"])', use_explorer),
+    "triplets": (
+        '.lm-Widget.widget-vbox:has(> .widget-hbox input[placeholder="words in the sentence"])',
+        use_triplets,
+    ),
+    "atlas": (".lm-Widget.widget-vbox:has(> .widget-hbox .widget-toggle-buttons)", use_atlas),
+}
 PANEL = ".lm-Widget.widget-vbox:has(> .widget-hprogress)"
-EXPECTED = {"first_run": ["triplets", "panel", "examples", "explorer"], "attention_atlas": ["atlas"]}   # a widget that does not come at all is a fault too
+# What must appear in a tutorial; the panel and its examples must appear while the cells run.
+EXPECTED = {
+    "first_run": ["triplets", "panel", "examples", "explorer"],
+    "attention_atlas": ["atlas"],
+}
 
 
-def panel_watcher(page):
-    "A function that looks at the training panel, if there is one, and a list of what it saw: how many pictures, which words."
-    seen, panel = [], page.locator(PANEL)
-    def watch():
-        if not panel.count(): return
-        if not seen: panel.first.scroll_into_view_if_needed()
-        seen.append((panel.locator("img").count(), panel.first.inner_text()))
-    return watch, seen
+class PanelWatcher:
+    "Looks at the training panel while the cells run."
+
+    def __init__(self, page):
+        self.panel = page.locator(PANEL)
+        self.moments = []  # (number of pictures, words) of each look
+
+    def __call__(self):
+        if not self.panel.count():
+            return
+        if not self.moments:
+            self.panel.first.scroll_into_view_if_needed()
+        self.moments.append((self.panel.locator("img").count(), self.panel.first.inner_text()))
+
+    def parts(self) -> list[str]:
+        "What appeared: the panel (with its curves) and the examples (a second picture)."
+        most = max((pictures for pictures, words in self.moments if "loss" in words), default=0)
+        return ["panel", "examples"][:most]
 
 
-# One notebook, all of it
+# One notebook
 
-def picture_of_all(page, path):
-    "The whole notebook in one picture, down to the longest that a browser can draw."
-    height = page.evaluate("Math.max(...[...document.querySelectorAll('.jp-Notebook, .jp-WindowedPanel-outer')].map(part => part.scrollHeight))")
-    page.set_viewport_size(dict(width=WIDE, height=min(height + 300, 16_000)))
-    page.evaluate("for (const part of document.querySelectorAll('.jp-WindowedPanel-outer')) part.scrollTop = 0")
+
+def save_whole_notebook(
+    page,
+    path: Path,
+):
+    "Save one picture of the whole notebook, as far as the browser can draw it."
+    height = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.jp-Notebook, .jp-WindowedPanel-outer')].map(e => e.scrollHeight))"
+    )
+    page.set_viewport_size(dict(width=WIDTH, height=min(height + 300, LONGEST_PICTURE)))
+    page.evaluate("for (const e of document.querySelectorAll('.jp-WindowedPanel-outer')) e.scrollTop = 0")
     sleep(0.5)
-    whole, last = (page.locator(part).last.bounding_box() for part in (".jp-NotebookPanel-notebook", ".jp-Notebook .jp-Cell"))
-    page.screenshot(path=path, clip=whole | dict(height=min(last["y"] + last["height"], 16_000) - whole["y"]))
-    page.set_viewport_size(dict(width=WIDE, height=HIGH))
+    clip = page.locator(".jp-NotebookPanel-notebook").last.bounding_box()
+    last = page.locator(".jp-Notebook .jp-Cell").last.bounding_box()
+    clip["height"] = min(last["y"] + last["height"], LONGEST_PICTURE) - clip["y"]
+    page.screenshot(path=path, clip=clip)
+    page.set_viewport_size(dict(width=WIDTH, height=HEIGHT))
 
 
-def visit(page, url, token, path):
-    "Run a notebook, move its widgets, picture it; raises a Fault at the first that a reader would notice."
-    open_notebook(page, url, token, path)
-    watch, seen = panel_watcher(page)
-    run_all(page, watch)
-    if found := list(faults(saved(page, path))): raise Fault("\n    ".join(found))
-    there = [name for n, name in enumerate(("panel", "examples")) if any(pictures > n and "loss" in said for pictures, said in seen)]
-    for name, (selector, move) in WIDGETS.items():
-        for n, widget in enumerate(page.locator(selector).all()):
-            there.append(name)
+def use_widgets(
+    page,
+    name: str,  # of the notebook
+) -> list[str]:  # the names of the widgets
+    "Use all widgets of a notebook that has run."
+    used = []
+    for kind, (selector, use) in WIDGETS.items():
+        for number, widget in enumerate(page.locator(selector).all()):
+            start = f"{name} {kind}{number or ''}"
+
+            def save_picture(moment, widget=widget, start=start):
+                widget.screenshot(path=PICTURES / f"{start} {moment}.png".replace(" ", "-"))
+
+            used.append(kind)
             widget.scroll_into_view_if_needed()
-            move(page, widget, lambda moment: widget.screenshot(path=PICTURES / f"{path.stem} {name}{n or ''} {moment}.png".replace(" ", "-")))
-    need(not page.get_by_text("Error displaying widget").count(), "JupyterLab says: Error displaying widget")
-    absent = set(EXPECTED.get(path.stem, [])) - set(there)
-    need(not absent, f"no {', '.join(sorted(absent))} to be seen" + " while the cells ran" * bool({"panel", "examples"} & absent))
+            use(page, widget, save_picture)
+    return used
+
+
+def check_notebook(
+    page,
+    url: str,
+    token: str,
+    path: Path,
+) -> list[str]:  # what appeared
+    "Run a notebook, use its widgets, save pictures. Raises a Fault at the first thing that a reader would notice."
+    open_notebook(page, url, token, path)
+    watcher = PanelWatcher(page)
+    run_all_cells(page, watcher)
+    faults = cell_faults(save_notebook(page, path))
+    require(not faults, "\n    ".join(faults))
+    parts = watcher.parts() + use_widgets(page, path.stem)
+    require(not page.get_by_text("Error displaying widget").count(), "JupyterLab shows: Error displaying widget")
+    absent = set(EXPECTED.get(path.stem, [])) - set(parts)
+    require(not absent, f"these do not appear: {', '.join(sorted(absent))}")
     for theme in ("Light", "Dark"):
-        menu(page, "Settings", "Theme", f"JupyterLab {theme}")
+        choose_in_menu(page, "Settings", "Theme", f"JupyterLab {theme}")
         page.locator(f'body[data-jp-theme-name="JupyterLab {theme}"]').wait_for(state="attached")
-        picture_of_all(page, PICTURES / f"{path.stem}-{theme.lower()}.png")
-    return there
+        save_whole_notebook(page, PICTURES / f"{path.stem}-{theme.lower()}.png")
+    return parts
 
 
-def main(names):
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: raise SystemExit('browser: no Playwright here; pip install -e ".[browser]" (make browser does)')
+def choose_tutorials(
+    folder: Path,
+    names: list[str],  # all, if empty
+) -> list[Path]:
+    "The notebooks of a folder with these names."
+    paths = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    unknown = set(names) - set(paths)
+    if unknown:
+        raise SystemExit(f"browser: no tutorial {', '.join(sorted(unknown))}; there are {', '.join(paths)}")
+    return [paths[name] for name in paths if not names or name in names]
+
+
+def main(
+    names: list[str],  # of tutorials; all, if empty
+):
+    "Check the tutorials, print a line for each, and exit with an error if one has a fault."
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise SystemExit(
+            'browser: Playwright is missing; pip install -e ".[browser]" (make browser does it)'
+        ) from error
     executable, failed = find_browser(), []
-    with TemporaryDirectory() as scratch, jupyterlab(Path(scratch)) as ((url, token), copy), sync_playwright() as driver:
-        paths = sorted((copy / "tutorials").glob("*.ipynb"))
-        if unknown := set(names) - {path.stem for path in paths}: raise SystemExit(f"browser: no tutorial {', '.join(sorted(unknown))}; there are {', '.join(path.stem for path in paths)}")
-        shutil.rmtree(PICTURES, ignore_errors=True); PICTURES.mkdir()
-        browser = driver.chromium.launch_persistent_context(f"{scratch}/profile", executable_path=executable, headless=True, args=FLAGS, viewport=dict(width=WIDE, height=HIGH))
-        browser.set_default_timeout(180_000)   # a machine may have other things to do
-        for path in paths if not names else [path for path in paths if path.stem in names]:
-            page, began = browser.new_page(), monotonic()
-            try: told = "all cells" + "".join(f", {name}" for name in visit(page, url, token, path))
+    with (
+        TemporaryDirectory() as scratch,
+        start_jupyterlab(Path(scratch)) as (url, token, copy),
+        sync_playwright() as driver,
+    ):
+        paths = choose_tutorials(copy / "tutorials", names)
+        shutil.rmtree(PICTURES, ignore_errors=True)
+        PICTURES.mkdir()
+        browser = driver.chromium.launch_persistent_context(
+            f"{scratch}/profile",
+            executable_path=executable,
+            headless=True,
+            args=BROWSER_FLAGS,
+            viewport=dict(width=WIDTH, height=HEIGHT),
+        )
+        browser.set_default_timeout(1000 * TIMEOUT)
+        for path in paths:
+            page, start = browser.new_page(), monotonic()
+            try:
+                message = ", ".join(["all cells", *check_notebook(page, url, token, path)])
             except Exception as error:
-                told = f"FAULT\n    {error}"
+                message = f"FAULT\n    {error}"
                 failed.append(path.stem)
                 page.screenshot(path=PICTURES / f"{path.stem}-FAULT.png")
-            print(f"{path.stem:24} {monotonic() - began:5.0f} s  {told}", flush=True)
-            for kernel in page.request.get(f"{url}api/kernels?token={token}").json(): page.request.delete(f"{url}api/kernels/{kernel['id']}?token={token}")
+            print(f"{path.stem:24} {monotonic() - start:5.0f} s  {message}", flush=True)
+            for kernel in page.request.get(f"{url}api/kernels?token={token}").json():
+                page.request.delete(f"{url}api/kernels/{kernel['id']}?token={token}")
             page.close()
         browser.close()
     print(f"{len(list(PICTURES.glob('*.png')))} pictures in {PICTURES}")
-    if failed: raise SystemExit(f"browser: {', '.join(failed)}")
+    if failed:
+        raise SystemExit(f"browser: {', '.join(failed)}")
 
 
-if __name__ == "__main__": main([Path(name).stem for name in sys.argv[1:]])
+if __name__ == "__main__":
+    main([Path(name).stem for name in sys.argv[1:]])
