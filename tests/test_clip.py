@@ -1,4 +1,5 @@
 "CLIP: against open_clip itself with random weights, and whatever a person may give as weights."
+
 import importlib.metadata
 import io
 import json
@@ -9,36 +10,48 @@ from copy import deepcopy
 import open_clip
 import pytest
 import torch
-from hostile import BOMBS, Bomb
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import cala.backbones.clip as room
+import cala.backbones.weights as weights
 from cala.backbones.clip import Clip
 from cala.backbones.clip import cut_tower
 from cala.backbones.clip import find_architecture
 from cala.backbones.clip import open_model
 from cala.backbones.clip import shrink
-from cala.errors import CalaError
 from cala.data import image_transform
 from cala.encoders import make_backbone
-from cala.model import CaLa
+from cala.errors import CalaError
 from cala.library.checkpoint import load_checkpoint
 from cala.library.checkpoint import save_checkpoint
+from cala.model import CaLa
 from cala.training import parameter_groups
+from hostile import BOMBS
+from hostile import Bomb
 
-CAPTIONS = ["make the star red", "is shiny and silver with shorter sleeves ! and fit and flare !!", "", "tree " * 100, "Café ROUGE 日本"]
-try: NEW_TIMM = tuple(int(part) for part in importlib.metadata.version("timm").split(".")[:2]) >= (1, 0)
-except importlib.metadata.PackageNotFoundError: NEW_TIMM = False
+CAPTIONS = [
+    "make the star red",
+    "is shiny and silver with shorter sleeves ! and fit and flare !!",
+    "",
+    "tree " * 100,
+    "Café ROUGE 日本",
+]
+try:
+    NEW_TIMM = tuple(int(part) for part in importlib.metadata.version("timm").split(".")[:2]) >= (1, 0)
+except importlib.metadata.PackageNotFoundError:
+    NEW_TIMM = False
 
 
 def shaken(model):
     "The model with every norm and bias random: fresh ResNets have dead residual branches and norms that do nothing."
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d): nn.init.uniform_(module.running_mean, -1, 1), nn.init.uniform_(module.running_var, .5, 2)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1), nn.init.uniform_(module.running_var, 0.5, 2)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1: nn.init.uniform_(parameter, .2 if name.endswith("weight") else -.5, .8)
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.2 if name.endswith("weight") else -0.5, 0.8)
     return model.eval()
 
 
@@ -59,7 +72,8 @@ def hooked(module, call):
     "What comes out of a module while `call` runs."
     seen = []
     hook = module.register_forward_hook(lambda m, args, out: seen.append(out))
-    call(); hook.remove()
+    call()
+    hook.remove()
     return seen[0]
 
 
@@ -69,32 +83,59 @@ def small(**options):
 
 # The same numbers as open_clip
 
+
 @pytest.mark.parametrize("name, size, places, width", [("RN50x4", 288, 81, 2560), ("ViT-B-32", 224, 49, 768)])
 def test_full_size_towers_give_what_open_clip_gives_and_what_a_hook_sees(name, size, places, width):
     model, architecture = library(name, "full")
-    backbone, images, ids = ours(model, name, architecture), torch.randn(2, 3, size, size), open_clip.get_tokenizer(name)(CAPTIONS[:2])
+    backbone, images, ids = (
+        ours(model, name, architecture),
+        torch.randn(2, 3, size, size),
+        open_clip.get_tokenizer(name)(CAPTIONS[:2]),
+    )
     with torch.no_grad():
         tokens = backbone.trunk(images)
         if name.startswith("RN"):
             map = hooked(model.visual.layer4, lambda: model.encode_image(images))
-            seen = raw = torch.stack([map[:, :, row, column] for row in range(9) for column in range(9)], 1)  # by hand: no view
+            seen = raw = torch.stack(
+                [map[:, :, row, column] for row in range(9) for column in range(9)], 1
+            )  # by hand: no view
         else:
             raw = hooked(model.visual.transformer, lambda: model.encode_image(images))
             seen = hooked(model.visual.ln_post, lambda: model.encode_image(images))[:, 1:]
         says, reads = backbone.image(tokens), backbone.text(CAPTIONS[:2])
         torch.testing.assert_close(tokens, raw)
-        torch.testing.assert_close(says.tokens, (seen @ backbone.reduction.weight.T + backbone.reduction.bias).clamp_min(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            says.tokens,
+            (seen @ backbone.reduction.weight.T + backbone.reduction.bias).clamp_min(0),
+            atol=1e-4,
+            rtol=1e-4,
+        )
         torch.testing.assert_close(says.feature, model.encode_image(images), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(reads.feature, model.encode_text(ids), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(reads.tokens, hooked(model.ln_final, lambda: model.encode_text(ids)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            reads.tokens, hooked(model.ln_final, lambda: model.encode_text(ids)), atol=1e-5, rtol=1e-5
+        )
     assert seen.shape == (2, places, width) and says.tokens.shape == (2, places, backbone.dim) and backbone.size == size
 
 
-@pytest.mark.parametrize("name, changes", [("RN50x4", {}), ("RN50", {}), ("ViT-B-32", {}), ("ViT-B-32", {"quick_gelu": True}), ("RN101", {"custom_text": True})])
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("RN50x4", {}),
+        ("RN50", {}),
+        ("ViT-B-32", {}),
+        ("ViT-B-32", {"quick_gelu": True}),
+        ("RN101", {"custom_text": True}),
+    ],
+)
 def test_small_towers_equal_open_clip_in_float64(name, changes):
     architecture = {**shrink(find_architecture(name)), **changes}
     torch.manual_seed(0)
-    model = shaken(open_clip.create_model(name, pretrained=None, force_custom_text=bool(architecture.pop("custom_text", False)), **architecture))
+    model = shaken(
+        open_clip.create_model(
+            name, pretrained=None, force_custom_text=bool(architecture.pop("custom_text", False)), **architecture
+        )
+    )
     backbone, model = ours(model, name, architecture).double(), model.double()
     images, ids = torch.randn(3, 3, 96, 96).double(), open_clip.get_tokenizer(name)(CAPTIONS)
     with torch.no_grad():
@@ -103,11 +144,14 @@ def test_small_towers_equal_open_clip_in_float64(name, changes):
         torch.testing.assert_close(feature, model.encode_image(images), atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(reads.feature, model.encode_text(ids), atol=1e-10, rtol=1e-10)
     ends = reads.tokens[range(len(ids)), ids.argmax(1)]
-    if architecture["text_cfg"]["width"] != backbone.dim: torch.testing.assert_close(ends, reads.feature, atol=1e-10, rtol=1e-10)
+    if architecture["text_cfg"]["width"] != backbone.dim:
+        torch.testing.assert_close(ends, reads.feature, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.skipif(not NEW_TIMM, reason="needs timm 1.0; LAVIS holds it at 0.4.12")
-@pytest.mark.parametrize("name", ["convnext_tiny", "ViT-B-32-SigLIP2-256", "EVA02-B-16", "swin_base_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["convnext_tiny", "ViT-B-32-SigLIP2-256", "EVA02-B-16", "swin_base_patch4_window7_224"]
+)
 def test_timm_towers_are_cut_without_a_change(name):
     torch.manual_seed(0)
     visual = open_model(name, find_architecture(name), {}).visual
@@ -122,7 +166,8 @@ def test_timm_towers_are_cut_without_a_change(name):
 
 def test_a_timm_tower_beside_an_old_timm_is_one_line(monkeypatch):
     monkeypatch.setattr("open_clip.timm_model.timm", None)  # which it is where LAVIS holds timm back
-    with pytest.raises(CalaError, match="timm.*an environment without it .*--model-name"): make_backbone("clip", model_name="convnext_tiny", random_weights="full")
+    with pytest.raises(CalaError, match="timm.*an environment without it .*--model-name"):
+        make_backbone("clip", model_name="convnext_tiny", random_weights="full")
 
 
 def test_tokens_of_half_precision_and_of_one_picture_alone_give_the_same_feature():
@@ -135,6 +180,7 @@ def test_tokens_of_half_precision_and_of_one_picture_alone_give_the_same_feature
 
 # Words
 
+
 def test_mask_ends_at_the_end_of_text_whatever_the_sentence_holds():
     backbone = small()
     reads = backbone.text(CAPTIONS)
@@ -145,9 +191,13 @@ def test_mask_ends_at_the_end_of_text_whatever_the_sentence_holds():
 
 def test_a_text_tower_that_pools_elsewhere_uses_its_padding_number():
     architecture = shrink(find_architecture("ViT-L-14-CLIPA"))
-    model, ids = open_model("ViT-L-14-CLIPA", architecture, {}), torch.tensor([[101, 7, 8, 102] + [0] * 28, [101, 7, 102, 0] + [0] * 28])
+    model, ids = (
+        open_model("ViT-L-14-CLIPA", architecture, {}),
+        torch.tensor([[101, 7, 8, 102] + [0] * 28, [101, 7, 102, 0] + [0] * 28]),
+    )
     backbone = Clip(deepcopy(model), lambda captions: ids, dict(architecture=architecture))
-    with torch.no_grad(): reads, wanted = backbone.text(["two", "one"]), model.encode_text(ids)
+    with torch.no_grad():
+        reads, wanted = backbone.text(["two", "one"]), model.encode_text(ids)
     assert reads.mask.sum(1).tolist() == [4, 3] and torch.equal(reads.feature, wanted)
 
 
@@ -162,7 +212,8 @@ def test_the_reference_holds_no_text_and_its_feature_stands_before_its_places():
     backbone = small()
     tokens = backbone.trunk(torch.randn(2, 3, 96, 96))
     asks, alone = backbone.query(tokens, CAPTIONS[:2]), backbone.image(tokens)
-    for first, second in zip(asks, backbone.query(tokens, CAPTIONS[3:])): assert torch.equal(first, second)
+    for first, second in zip(asks, backbone.query(tokens, CAPTIONS[3:])):
+        assert torch.equal(first, second)
     assert torch.equal(asks.feature, alone.feature) and asks.mask.shape == asks.tokens.shape[:2] and asks.mask.all()
     assert torch.equal(asks.tokens[:, 0], alone.feature) and torch.equal(asks.tokens[:, 1:], alone.tokens)
 
@@ -171,13 +222,16 @@ def test_the_reduction_learns_at_the_rate_of_the_associations_and_the_towers_at_
     model = CaLa(small(), cir_frame="artemis")
     model.backbone.fine_tune("both")
     groups = parameter_groups(model, 1e-5)
-    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(dict(backbone=1e-5, fresh=2e-5, hca=2e-5, tac=2e-5, frame=1e-4))
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(
+        dict(backbone=1e-5, fresh=2e-5, hca=2e-5, tac=2e-5, frame=1e-4)
+    )
     assert [id(p) for p in groups[1]["params"]] == [id(p) for p in model.backbone.reduction.parameters()]
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 # Frozen means constant
+
 
 def test_batch_norm_stays_as_it_was_through_training_steps():
     backbone = small()
@@ -186,16 +240,22 @@ def test_batch_norm_stays_as_it_was_through_training_steps():
     before = {name: tensor.clone() for name, tensor in backbone.trunk.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
-        model.train(); backbone.train(); backbone.trunk.train()
+        model.train()
+        backbone.train()
+        backbone.trunk.train()
         images = torch.randn(2, 4, 3, 96, 96) + 3
         model(images[0], CAPTIONS[:4], images[1]).total.backward()
-        optimizer.step(); optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert not any(module.training for module in backbone.trunk.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.trunk.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["RN50x4", "RN50", "ViT-B-32"])
-@pytest.mark.parametrize("mode, trains", [("both", {"language", "reduction", "head"}), ("multi", {"language", "reduction"}), ("text", {"language"})])
+@pytest.mark.parametrize(
+    "mode, trains",
+    [("both", {"language", "reduction", "head"}), ("multi", {"language", "reduction"}), ("text", {"language"})],
+)
 def test_a_mode_trains_exactly_the_tensors_of_its_parts_and_a_step_of_cala_reaches_them_all(name, mode, trains):
     backbone = small(model_name=name)
     named = backbone.fine_tune(mode)
@@ -206,7 +266,8 @@ def test_a_mode_trains_exactly_the_tensors_of_its_parts_and_a_step_of_cala_reach
 
 
 def test_full_size_trains_what_the_table_says():
-    with torch.device("meta"): model = open_clip.model.CLIP(**find_architecture("RN50x4"))
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(**find_architecture("RN50x4"))
     count = lambda module: sum(p.numel() for p in module.parameters())
     head, total = count(model.visual.attnpool), count(model.visual)
     text = count(model) - total - 1  # the temperature goes
@@ -214,6 +275,7 @@ def test_full_size_trains_what_the_table_says():
 
 
 # Pictures
+
 
 @pytest.mark.parametrize("name, size", [("RN50x4", 288), ("ViT-L-14-336", 336), ("ViT-B-16-SigLIP", 224)])
 @pytest.mark.parametrize("shape", [(300, 100), (57, 400), (224, 224)])
@@ -225,17 +287,27 @@ def test_clip_transform_is_open_clips_at_its_resolution_and_the_pads_use_its_sta
     picture = Image.effect_noise(shape, 90).convert("RGB")
     theirs = open_clip.image_transform(size, is_train=False, **record)
     torch.testing.assert_close(backbone.transform("clip")(picture), theirs(picture), atol=1e-6, rtol=1e-6)
-    assert torch.equal(backbone.transform("targetpad", 1.25)(picture), image_transform("targetpad", size, 1.25, tag["mean"], tag["std"])(picture))
+    assert torch.equal(
+        backbone.transform("targetpad", 1.25)(picture),
+        image_transform("targetpad", size, 1.25, tag["mean"], tag["std"])(picture),
+    )
     assert pickle.loads(pickle.dumps(backbone.transform("clip"))) == backbone.transform("clip")
 
 
 def test_a_model_takes_its_resolution_and_statistics_from_open_clip():
-    model = open_model("ViT-B-32", shrink(find_architecture("ViT-B-32")), dict(mean=(.5, .5, .5), std=(.5, .5, .5)))
+    model = open_model(
+        "ViT-B-32", shrink(find_architecture("ViT-B-32")), dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    )
     backbone = Clip(model, None, dict(architecture=shrink(find_architecture("ViT-B-32"))))
-    assert backbone.transform("clip").mean == (.5, .5, .5) and backbone.transform().std == (.5, .5, .5) and backbone.transform("clip").size == 96
+    assert (
+        backbone.transform("clip").mean == (0.5, 0.5, 0.5)
+        and backbone.transform().std == (0.5, 0.5, 0.5)
+        and backbone.transform("clip").size == 96
+    )
 
 
 # Weights
+
 
 @pytest.fixture
 def tuned(tmp_path):
@@ -244,7 +316,10 @@ def tuned(tmp_path):
     state = model.state_dict()
     torch.save({"epoch": 12, "CLIP": state}, tmp_path / "tuned_clip_best.pt")
     torch.save(state, tmp_path / "plain.pt")
-    torch.save({"epoch": 3, "name": "run", "state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "epoch_3.pt")
+    torch.save(
+        {"epoch": 3, "name": "run", "state_dict": {f"module.{key}": value for key, value in state.items()}},
+        tmp_path / "epoch_3.pt",
+    )
     save_file(state, tmp_path / "open_clip_model.safetensors")
     return tmp_path, model, architecture
 
@@ -252,10 +327,17 @@ def tuned(tmp_path):
 @pytest.mark.parametrize("file", ["tuned_clip_best.pt", "plain.pt", "epoch_3.pt", "open_clip_model.safetensors"])
 def test_weights_are_read_in_every_form(tuned, file):
     folder, model, architecture = tuned
-    backbone, images = make_backbone("clip", weights=str(folder / file), architecture=architecture), torch.randn(2, 3, 96, 96)
+    backbone, images = (
+        make_backbone("clip", weights=str(folder / file), architecture=architecture),
+        torch.randn(2, 3, 96, 96),
+    )
     with torch.no_grad():
-        torch.testing.assert_close(backbone.image(backbone.trunk(images)).feature, model.encode_image(images), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(backbone.text(CAPTIONS).feature, model.encode_text(open_clip.tokenize(CAPTIONS)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            backbone.image(backbone.trunk(images)).feature, model.encode_image(images), atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            backbone.text(CAPTIONS).feature, model.encode_text(open_clip.tokenize(CAPTIONS)), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_weights_of_another_model_are_one_line_with_the_flag(tuned):
@@ -263,84 +345,140 @@ def test_weights_of_another_model_are_one_line_with_the_flag(tuned):
     for other in (shrink(find_architecture("ViT-B-32")), dict(architecture, embed_dim=32)):
         name = "ViT-B-32" if other["vision_cfg"].get("patch_size") else "RN50x4"
         for file in ("tuned_clip_best.pt", "plain.pt", "open_clip_model.safetensors"):
-            with pytest.raises(CalaError, match="--model-name") as said: make_backbone("clip", model_name=name, weights=folder / file, architecture=other)
+            with pytest.raises(CalaError, match="--model-name") as said:
+                make_backbone("clip", model_name=name, weights=folder / file, architecture=other)
             assert "\n" not in str(said.value) and file in str(said.value)
 
 
 @pytest.mark.parametrize("form", BOMBS)
 def test_a_file_that_would_execute_code_is_refused(tmp_path, form):
     BOMBS[form](Bomb(tmp_path / "exploded"), tmp_path / "weights.pt", "CLIP")
-    with pytest.raises(CalaError) as said: make_backbone("clip", weights=tmp_path / "weights.pt", architecture=shrink(find_architecture("RN50x4")))
+    with pytest.raises(CalaError) as said:
+        make_backbone("clip", weights=tmp_path / "weights.pt", architecture=shrink(find_architecture("RN50x4")))
     assert "weights.pt" in str(said.value) and "\n" not in str(said.value) and not (tmp_path / "exploded").exists()
 
 
 def saved(content):
-    buffer = io.BytesIO(); torch.save(content, buffer)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name, content", [
-    ("empty.pt", b""), ("words.pt", b"hello world"), ("page.pt", b"<html>404</html>"), ("half.pt", saved({"CLIP": {"a": torch.ones(999)}})[:700]),
-    ("zip.pt", b"PK\x03\x04nothing"), ("list.pt", saved([1, 2])), ("none.pt", saved({})), ("number.pt", saved({"CLIP": 3})), ("tensor.pt", saved(torch.ones(3))),
-    ("names.pt", saved({"CLIP": {"visual.conv1.weight": torch.ones(1)}})), ("words.safetensors", b"hello world"), ("empty.safetensors", b""), ("numbers.pt", saved({1: 2}))])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("empty.pt", b""),
+        ("words.pt", b"hello world"),
+        ("page.pt", b"<html>404</html>"),
+        ("half.pt", saved({"CLIP": {"a": torch.ones(999)}})[:700]),
+        ("zip.pt", b"PK\x03\x04nothing"),
+        ("list.pt", saved([1, 2])),
+        ("none.pt", saved({})),
+        ("number.pt", saved({"CLIP": 3})),
+        ("tensor.pt", saved(torch.ones(3))),
+        ("names.pt", saved({"CLIP": {"visual.conv1.weight": torch.ones(1)}})),
+        ("words.safetensors", b"hello world"),
+        ("empty.safetensors", b""),
+        ("numbers.pt", saved({1: 2})),
+    ],
+)
 def test_a_file_that_is_something_else_is_one_line_with_its_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CalaError) as said: make_backbone("clip", weights=tmp_path / name, architecture=shrink(find_architecture("RN50x4")))
+    with pytest.raises(CalaError) as said:
+        make_backbone("clip", weights=tmp_path / name, architecture=shrink(find_architecture("RN50x4")))
     assert name in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 600
 
 
 def test_a_missing_file_and_openais_own_archive_are_one_line(tmp_path):
     architecture = shrink(find_architecture("RN50x4"))
-    with pytest.raises(CalaError, match="no weights file"): make_backbone("clip", weights=tmp_path / "absent.pt", architecture=architecture)
+    with pytest.raises(CalaError, match="no weights file"):
+        make_backbone("clip", weights=tmp_path / "absent.pt", architecture=architecture)
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "RN50x4.pt"))
-    with pytest.raises(CalaError, match="open_clip_model.safetensors"): make_backbone("clip", weights=tmp_path / "RN50x4.pt", architecture=architecture)
+    with pytest.raises(CalaError, match="open_clip_model.safetensors"):
+        make_backbone("clip", weights=tmp_path / "RN50x4.pt", architecture=architecture)
 
 
 # The network
 
+
 def test_no_network_names_page_file_and_flag_at_once(monkeypatch):
-    def no_network(*args, **options): raise urllib.error.URLError("Name or service not known")
-    monkeypatch.setattr(room, "_kept", lambda tag: None)
-    monkeypatch.setattr(room, "urlopen", no_network)
+    def no_network(*args, **options):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(room, "find_cached", lambda tag: None)
+    monkeypatch.setattr(weights, "urlopen", no_network)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *args: pytest.fail("the hub's client was asked"))
-    with pytest.raises(CalaError) as said: make_backbone("clip")
-    for part in ("RN50x4", "openai", "https://huggingface.co/timm/resnet50x4_clip.openai", "open_clip_model.safetensors", "--backbone-weights", "--model-name"):
+    with pytest.raises(CalaError) as said:
+        make_backbone("clip")
+    for part in (
+        "RN50x4",
+        "openai",
+        "https://huggingface.co/timm/resnet50x4_clip.openai",
+        "open_clip_model.safetensors",
+        "--backbone-weights",
+        "--model-name",
+    ):
         assert part in str(said.value)
     assert "\n" not in str(said.value)
 
 
 def test_a_download_that_breaks_off_is_the_same_line(monkeypatch):
-    def broken(*args): raise ConnectionResetError("reset by peer")
-    monkeypatch.setattr(room, "_kept", lambda tag: None)
-    monkeypatch.setattr(room, "_knock", lambda page: None)
+    def broken(*args):
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(room, "find_cached", lambda tag: None)
+    monkeypatch.setattr(room, "is_reachable", lambda *args, **options: True)
     monkeypatch.setattr(open_clip, "download_pretrained", broken)
-    with pytest.raises(CalaError, match="ConnectionResetError.*--backbone-weights"): make_backbone("clip", model_name="ViT-B/32")
+    with pytest.raises(CalaError, match="ConnectionResetError.*--backbone-weights"):
+        make_backbone("clip", model_name="ViT-B/32")
 
 
 def test_a_file_fetched_before_needs_no_network(monkeypatch, tuned):
     folder, model, architecture = tuned
-    monkeypatch.setattr(room, "try_to_load_from_cache", lambda repo, name: str(folder / name) if name == "open_clip_model.safetensors" else None)
-    monkeypatch.setattr(room, "urlopen", lambda *args, **options: pytest.fail("the network was asked"))
+    monkeypatch.setattr(
+        room,
+        "try_to_load_from_cache",
+        lambda repo, name: str(folder / name) if name == "open_clip_model.safetensors" else None,
+    )
+    monkeypatch.setattr(weights, "urlopen", lambda *args, **options: pytest.fail("the network was asked"))
     monkeypatch.setattr(room, "find_architecture", lambda name: dict(architecture, quick_gelu=False))
     backbone, images = make_backbone("clip"), torch.randn(1, 3, 96, 96)
     assert backbone.config["architecture"]["quick_gelu"] is True  # the openai tag's, though the name has plain GELU
-    with torch.no_grad(): torch.testing.assert_close(backbone.image(backbone.trunk(images)).feature, model.encode_image(images), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.image(backbone.trunk(images)).feature, model.encode_image(images), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_tag_stands_behind_a_colon_and_an_unknown_one_is_answered_with_the_known():
-    with pytest.raises(CalaError, match="ViT-B-32:laion2b_e16"): make_backbone("clip", model_name="ViT-B/32:nobody")
+    with pytest.raises(CalaError, match="ViT-B-32:laion2b_e16"):
+        make_backbone("clip", model_name="ViT-B/32:nobody")
     assert small(model_name="ViT-B-32:laion2b_e16").config["architecture"]["quick_gelu"] is False
     assert small(model_name="ViT-B-32").config["architecture"]["quick_gelu"] is True
 
 
 # Names, notices, checkpoints
 
-@pytest.mark.parametrize("options, says", [(dict(model_name="RN50x5"), "RN50x4"), (dict(model_name="coca_ViT-B-32"), "text tower"), (dict(model_name="roberta-ViT-B-32"), "text tower"),
-                                           (dict(random_weights="huge"), "small or full"), (dict(random_weights="small", precision="int8"), "fp16"), (dict(layers=2), "--layers"),
-                                           (dict(model_name="ViT-B-16-SigLIP", random_weights="small"), "ResNets and ViTs"),
-                                           (dict(random_weights="small", tokenizer="nowhere"), "no folder nowhere; give the folder of a Hugging Face tokenizer as --tokenizer")])
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(model_name="RN50x5"), "RN50x4"),
+        (dict(model_name="coca_ViT-B-32"), "text tower"),
+        (dict(model_name="roberta-ViT-B-32"), "text tower"),
+        (dict(random_weights="huge"), "small or full"),
+        (dict(random_weights="small", precision="int8"), "fp16"),
+        (dict(layers=2), "--layers"),
+        (dict(model_name="ViT-B-16-SigLIP", random_weights="small"), "ResNets and ViTs"),
+        (
+            dict(random_weights="small", tokenizer="nowhere"),
+            "no folder nowhere; give the folder of a Hugging Face tokenizer as --tokenizer",
+        ),
+    ],
+)
 def test_a_wrong_option_is_one_line(options, says):
-    with pytest.raises(CalaError) as said: make_backbone("clip", **options)
+    with pytest.raises(CalaError) as said:
+        make_backbone("clip", **options)
     assert says in str(said.value) and "\n" not in str(said.value)
 
 
@@ -361,12 +499,17 @@ def test_a_checkpoint_brings_everything_back_without_weights_network_or_notice(t
     capfd.readouterr()
     again = load_checkpoint(tmp_path / "best")
     assert "random" not in capfd.readouterr().err
-    with torch.no_grad(): torch.testing.assert_close(again(images[0], CAPTIONS[:2], images[1]).total, model(images[0], CAPTIONS[:2], images[1]).total)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(images[0], CAPTIONS[:2], images[1]).total, model(images[0], CAPTIONS[:2], images[1]).total
+        )
     assert again.tac.class_token is not None
 
 
 def test_making_a_backbone_leaves_the_callers_random_numbers_alone():
-    torch.manual_seed(5); small(); after = torch.rand(3)
+    torch.manual_seed(5)
+    small()
+    after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(3))
 

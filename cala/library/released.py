@@ -18,7 +18,7 @@ from torch import nn
 from ..associations import HingeCrossAttention
 from ..associations import TwinAttentionCompositor
 from ..backbones.blip2 import load_lavis_state
-from ..backbones.blip2 import read_torch
+from ..backbones.weights import read_torch
 from ..composition import Artemis
 from ..composition import Combiner
 from ..errors import CalaError

@@ -1,0 +1,280 @@
+"""Files of weights: where they are, how they are fetched, how they are read, and what a file is that holds none."""
+
+import os
+import pickle
+import ssl
+import warnings
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.error import URLError
+from urllib.parse import urljoin
+from urllib.parse import urlparse
+from urllib.request import Request
+from urllib.request import urlopen
+from urllib.request import urlretrieve
+
+import torch
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from ..errors import CalaError
+
+FLAG = "--backbone-weights"
+
+
+def shorten(
+    error: BaseException,
+    longest: int = 200,  # characters
+) -> str:
+    "An exception as one line: its class and its message."
+    message = " ".join(str(error).split())
+    if len(message) > longest:
+        message = message[:longest] + " ..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def missing_file(
+    name: str,  # of the file
+    url: str,  # where it is published
+    advice: str,  # how to give the file by hand
+    reason: str,  # why there is none
+) -> CalaError:
+    "The error for a file that is not there and cannot be fetched."
+    return CalaError(
+        f"{name} is missing ({reason}); it is published at {url}: fetch it on a machine with network and {advice}"
+    )
+
+
+# Places: paths and URLs
+
+
+def is_url(
+    place: str | Path | None,
+) -> bool:
+    "True for an address of the web."
+    return str(place).startswith(("http://", "https://"))
+
+
+def make_absolute(
+    place: str | Path | None,  # a path, a URL, or nothing
+) -> str | None:
+    "A path that stays valid in another working folder; a URL and None as they are."
+    if place is None:
+        return None
+    return str(place) if is_url(place) else str(Path(place).resolve())
+
+
+def find_neighbour(
+    place: str | Path,  # path or URL of a file
+    name: str,  # of another file in the same folder
+) -> str:  # its path or URL
+    "The place of a file beside another file."
+    return urljoin(str(place), name) if is_url(place) else str(Path(place).with_name(name))
+
+
+# The network
+
+
+def is_reachable(
+    url: str,
+    any_answer: bool = False,  # count a refusal, and a certificate that Python does not know, as an answer
+    timeout: float = 10,  # seconds
+) -> bool:
+    "True if the server of an address answers."
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=timeout).close()
+    except HTTPError:
+        return any_answer
+    except URLError as error:
+        return any_answer and isinstance(error.reason, ssl.SSLError)
+    except (OSError, HTTPException):
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    "Where torch, LAVIS and this project keep files of weights that were fetched."
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+class DownloadBar(tqdm):
+    "A progress bar that `urlretrieve` can move."
+
+    def move(
+        self,
+        blocks: int,  # received so far
+        block_size: int,  # bytes of one
+        total: int,  # bytes of the file; below 1 if the server does not name it
+    ):
+        self.total = total if total > 0 else None
+        self.update(min(blocks * block_size, self.total or blocks * block_size) - self.n)
+
+
+def fetch(
+    url: str,  # of a file
+    advice: str = f"give it with {FLAG}",  # how to give it by hand
+    folder: str | Path | None = None,  # where to keep it; None: `cache_folder()`
+) -> Path:  # the file
+    """A file of the web, or the copy that an earlier call kept.
+
+    `urlretrieve` compares what arrives with Content-Length. A file that is shorter, or is a web page, is not kept.
+    """
+    path = Path(folder or cache_folder()) / Path(urlparse(url).path).name
+    if path.is_file():
+        return path
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with DownloadBar(desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+            urlretrieve(url, partial, bar.move)
+        misfit = describe_misfit(partial)
+        if misfit:
+            raise missing_file(path.name, url, advice, f"what the server sent {misfit}")
+        os.replace(partial, path)
+    except (OSError, HTTPException) as error:
+        raise missing_file(path.name, url, advice, shorten(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def find_file(
+    place: str | Path,  # path or URL
+    url: str,  # where the file is published
+    advice: str,  # how to give it by hand
+) -> Path:
+    "The file at a path or URL; `CalaError` says what is missing and where to get it."
+    if is_url(place):
+        return fetch(str(place), advice)
+    if not Path(place).is_file():
+        raise missing_file(url.rsplit("/", 1)[-1], url, advice, f"no file {place}")
+    return Path(place)
+
+
+# What a file is
+
+
+def is_torchscript(
+    path: str | Path,
+) -> bool:
+    "True for an archive of `torch.jit.save`, which holds a program."
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def is_safetensors(
+    path: str | Path,
+) -> bool:
+    "True for a file that begins as safetensors do: the length of a header in eight bytes, then the header in JSON."
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= os.path.getsize(path) - 8
+
+
+def has_hub_layout(
+    place: str | Path,  # a file or a folder
+) -> bool:
+    "True for a folder of the Hugging Face Hub and for a file of weights from one."
+    path = Path(place)
+    patterns = ("*config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+    if path.is_dir():
+        return any(any(path.glob(pattern)) for pattern in patterns)
+    return path.is_file() and (path.name.startswith("pytorch_model") or is_safetensors(path))
+
+
+def describe_misfit(
+    path: str | Path,
+) -> str:  # follows the file's name in a sentence; empty if the file may hold weights
+    "What a file is instead of weights, and what to do."
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    if not start:
+        return "is empty, so its download was cut short; fetch it again"
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return (
+            "is a Git LFS pointer, a short text in place of the file; "
+            "fetch the file itself, for example with git lfs pull in its folder"
+        )
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return (
+            "is a web page (HTML or XML), as a server sends it for a login or an error; "
+            "open the address in a browser and save the file itself"
+        )
+    if is_torchscript(path):
+        return "is a TorchScript archive, which is a program; give a file of weights (a state dict)"
+    return ""
+
+
+# Reading
+
+
+def read_torch(
+    path: str | Path,  # a file written by `torch.save`
+) -> Any:  # tensors, numbers and texts in dicts and lists, and nothing else
+    "Read a torch file of unknown origin; a file that could execute code is refused with a `CalaError`."
+    try:
+        misfit = describe_misfit(path)
+        if not misfit:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the messages below replace it
+                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "GLOBAL numpy" in str(error):
+            raise CalaError(
+                f"{path} is refused: it holds a NumPy value beside the weights, and reading one could execute code; "
+                "ask its author for a state dict, or where you trust the file save it again with float(value)"
+            ) from error
+        raise CalaError(
+            f"{path} is refused: it is not a plain file of weights, and reading it any other way could execute code; "
+            "take the published file, or ask its author for a state dict"
+        ) from error
+    except Exception as error:  # torch raises many classes for a damaged file
+        raise CalaError(
+            f"{path} cannot be read as a torch file ({type(error).__name__}); it may be cut short: fetch it again"
+        ) from error
+    raise CalaError(f"{path} {misfit}")
+
+
+def read_weights(
+    path: str | Path,  # safetensors, or a torch file
+    flag: str = FLAG,  # with which it was given
+) -> dict:  # what it holds
+    "The content of a file of weights; `CalaError` if it is something else or could execute code."
+    kind = "a URL" if "://" in str(path) else "a folder" if Path(path).is_dir() else ""
+    if kind:
+        raise CalaError(f"{path} is {kind}; give a file of weights on this machine as {flag}")
+    if not Path(path).is_file():
+        raise CalaError(f"no weights file {path}; give another {flag}")
+    misfit = describe_misfit(path)
+    if misfit:
+        raise CalaError(f"{path} {misfit}")
+    if Path(path).suffix == ".safetensors" or is_safetensors(path):
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has a class of its own beside those of Python
+            raise CalaError(
+                f"{path} cannot be read as safetensors ({type(error).__name__}); it may be cut short: fetch it again"
+            ) from error
+    content = read_torch(path)
+    if not isinstance(content, dict):
+        raise CalaError(f"{path} holds a {type(content).__name__}, not weights; give another {flag}")
+    return content
+
+
+def select_tensors(
+    content: Any,  # of a torch file
+    place: str | Path,  # the file, for the message
+    key: str | None = None,  # the weights are under this key
+) -> dict[str, torch.Tensor]:
+    "The weights by name that a file is, or has under a key."
+    state = content.get(key) if key and isinstance(content, dict) else content
+    if isinstance(state, dict):
+        if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
+            return state
+    form = f'a dict of tensors under "{key}"' if key else "a dict of tensors"
+    raise CalaError(f"{place} is not of the published form, {form}; fetch it again")
