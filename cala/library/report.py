@@ -34,7 +34,7 @@ def write_report(
     page = nbformat.read(notebook, as_version=4)
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=OwnPython())
     os.environ["CALA_DEMO"] = str(Path(folder).resolve())
-    executor = ExecutePreprocessor(timeout=600)
+    executor = ExecutePreprocessor(timeout=600, extra_arguments=["--log-level=ERROR"])
     try:
         executor.preprocess(page, {"metadata": {"path": str(notebook.parent)}}, km=kernel)
     except CellExecutionError as error:
