@@ -4,8 +4,8 @@ python .ci/browser.py                 all notebooks of nbs/tutorials
 python .ci/browser.py first_run ...   only these
 
 It runs all cells of a tutorial with the menu; no cell may fail or be left out. Then it uses the widgets as a reader
-does: it drags a slider, types a sentence, clicks a picture. What a widget shows must follow. Pictures in the light and in
-the dark theme go to _browser.
+does: it drags a slider, types a sentence, clicks a picture. What a widget shows must follow. Pictures in the light and
+in the dark theme go to _browser.
 
 The browser is the Chromium or Chrome of the system, driven by Playwright; nothing is downloaded. JupyterLab works on a
 copy of nbs and with settings of its own, so the notebooks and the reader's own JupyterLab stay as they are.

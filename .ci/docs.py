@@ -1,117 +1,251 @@
-"""Every notebook as a page of HTML with its outputs: `python .ci/docs.py [folder]`, by default _docs; nothing is executed.
+"""Write every notebook as an HTML page with its outputs; nothing is run.
 
-By nbconvert, which is a dependency anyway. Quarto, nbdev's own choice, is no Python package: what is on the registry under its name fetches a program
-from elsewhere when it is installed. For the search that a site of it would have stands contents.html: every heading and every exported name on one
-page, which any browser can search. Equations are typeset by MathJax from its usual address; without a network they are read as TeX."""
+python .ci/docs.py          into _docs
+python .ci/docs.py FOLDER   into another folder
+
+nbconvert writes the pages. nbdev's own choice, Quarto, is not used: the package of that name in the registry downloads
+a program when it is installed. There is no search; contents.html lists all headings and all exported names on one page,
+in which a browser can search. MathJax typesets the equations from its usual address; without a network they stay TeX.
+"""
+
 import ast
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from functools import cache
 from html import escape
 from pathlib import Path
 from urllib.parse import unquote
 
-import nbformat
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
+from nbformat.v4 import new_notebook
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
+from notebooks import NBS
+from notebooks import ROOT
+from notebooks import directives
+from notebooks import notebook_paths
+from notebooks import parse_cell
+from notebooks import read_notebook
+
+INDEX, CONTENTS = Path("index.ipynb"), Path("contents.ipynb")
+WINGS = ["method", "backbones", "library", "commands", "tutorials"]  # in reading order
 STYLE = """
-nav.house { display: flex; gap: 1.5em; flex-wrap: wrap; padding: 0.6em 1em; font: 14px system-ui, sans-serif; border-bottom: 1px solid #8888 }
-nav.house a { color: #0072B2; text-decoration: none } main { max-width: 72rem; margin: auto } img { max-width: 100%; height: auto }
-.jp-RenderedHTMLCommon table { display: block; overflow-x: auto } .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere } td code { white-space: nowrap }
-@media (prefers-color-scheme: dark) { nav.house a { color: #56B4E9 } body { background: #111 } }
+nav.pages {
+  display: flex; gap: 1.5em; flex-wrap: wrap; padding: 0.6em 1em;
+  font: 14px system-ui, sans-serif; border-bottom: 1px solid #8888;
+}
+nav.pages a { color: #0072B2; text-decoration: none }
+main { max-width: 72rem; margin: auto }
+img { max-width: 100%; height: auto }
+.jp-RenderedHTMLCommon table { display: block; overflow-x: auto }
+.jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+td code { white-space: nowrap }
+@media (prefers-color-scheme: dark) { nav.pages a { color: #56B4E9 } body { background: #111 } }
 """
 
 
-def notebooks():
-    "Paths below nbs in reading order: index, the rooms and commands, glossary, tutorials."
-    found = [path.relative_to(NBS) for path in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
-    first = [Path("index.ipynb")]
-    return first + sorted((p for p in found if p not in first), key=lambda p: (len(p.parts), not p.name[0].isdigit(), p.name))
+def pages_in_order() -> list[Path]:  # below nbs
+    "All notebooks in reading order: the index, the wings, the glossary."
+    paths = [path.relative_to(NBS) for path in notebook_paths()]
+
+    def place(path):
+        if len(path.parts) == 1:
+            return (-1 if path == INDEX else len(WINGS), 1, path.name)
+        return (WINGS.index(path.parts[0]), len(path.parts), path.name)
+
+    return sorted(paths, key=place)
 
 
-def readable(path):
-    "The notebook as a reader wants it: without hidden cells, and cells without the lines that are for nbdev."
-    notebook = nbformat.read(NBS / path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not re.search(r"^#\| *hide\b", cell.source, re.M)]
+@cache
+def read_page(
+    path: Path,  # below nbs
+) -> NotebookNode:
+    "A notebook as readers see it: without hidden cells, and without nbdev's directives."
+    notebook = read_notebook(NBS / path)
+    cells = []
     for cell in notebook.cells:
-        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
+        if "hide" in directives(cell.source):
+            continue
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+        if cell.source.strip():
+            cells.append(cell)
+    notebook.cells = cells
     return notebook
 
 
-def link(text, here, there, anchor=""):
+@cache
+def title(
+    path: Path,  # below nbs
+) -> str:
+    "The first heading of a notebook, or the name of its file."
+    for cell in read_page(path).cells:
+        match = re.match(r"# (.+)", cell.source)
+        if cell.cell_type == "markdown" and match:
+            return match[1]
+    return path.stem
+
+
+def link(
+    text: str,
+    here: Path,  # the page that holds the link
+    there: Path,  # the page that it leads to
+    anchor: str = "",  # begins with #
+) -> str:
     "An HTML link from one page to another."
     up = "../" * (len(here.parts) - 1)
     return f'<a href="{up}{there.with_suffix(".html").as_posix()}{anchor}">{escape(text)}</a>'
 
 
-def title(path):
-    "The first heading of a notebook."
-    cells = nbformat.read(NBS / path, as_version=4).cells
-    return next((found[1] for cell in cells if cell.cell_type == "markdown" and (found := re.match(r"# (.+)", cell.source))), path.stem)
-
-
-def render(notebook, path, order, exporter, dark):
-    "One page: nbconvert's, with our links, a line of navigation, and the dark theme where the reader's system is dark."
-    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title(path) if path in order else "contents"}})
-    page = re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', lambda m: f'href="{m[1]}.html{m[2] or ""}"', page)
-    known = {str(p.with_suffix("")): p for p in order} | {p.stem: p for p in order}
-    page = re.sub(r"<code>([\w/]+)</code>", lambda m: f"<code>{link(m[1], path, known[m[1]])}</code>" if m[1] in known and known[m[1]] != path else m[0], page)
-    around = [(word, order[order.index(path) + step]) for word, step in (("previous", -1), ("next", 1)) if path in order and 0 <= order.index(path) + step < len(order)]
-    places = [link("cala", path, Path("index")), link("contents and names", path, Path("contents")), *(f"{word}: {link(title(other), path, other)}" for word, other in around)]
-    page = page.replace("</head>", f"<style>{STYLE}@media (prefers-color-scheme: dark) {{ {dark} }}</style></head>", 1)
-    return page.replace("<main>", f'<nav class="house">{" ".join(f"<span>{place}</span>" for place in places)}</nav><main>', 1)
-
-
-def names(cell):
-    "Public functions and classes that a cell exports."
-    if cell.cell_type != "code" or not re.search(r"^#\| *export", cell.source, re.M): return []
-    try: tree = ast.parse(cell.source)
-    except SyntaxError: return []
-    return [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
-
-
-def contents(order):
-    "A notebook that lists every heading and every exported name."
-    here, lines, exported = Path("contents.ipynb"), ["# Contents", "\nFind in page (Ctrl-F) searches all headings, and all names that the package exports."], []
+def pages_by_name(
+    order: list[Path],
+) -> dict[str, Path]:
+    "Pages by the names that prose uses for them: `library/cache`, and `00_task` where no other page has the same name."
+    stems = [path.stem for path in order]
+    pages = {}
     for path in order:
-        cells = nbformat.read(NBS / path, as_version=4).cells
-        lines.append(f"\n## {link(title(path), here, path)} <small>{escape(path.as_posix())}</small>\n")
-        for heading in re.findall(r"^(##+) (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.M):
-            anchor = "#" + re.sub("[`*]", "", heading[1]).strip().replace(" ", "-")
-            lines.append("  " * (len(heading[0]) - 2) + f"- {link(re.sub('[`*]', '', heading[1]), here, path, anchor)}")
-        exported += [(name, path, cell.get("id", "")) for cell in cells for name in names(cell)]
+        pages[path.with_suffix("").as_posix()] = path
+        if stems.count(path.stem) == 1:
+            pages[path.stem] = path
+    return pages
+
+
+def navigation(
+    path: Path,
+    order: list[Path],
+) -> str:
+    "A line of links to the index, the contents, and the pages before and after this one."
+    links = [link("cala", path, INDEX), link("contents and names", path, CONTENTS)]
+    if path in order:
+        place = order.index(path)
+        if place > 0:
+            links.append("previous: " + link(title(order[place - 1]), path, order[place - 1]))
+        if place + 1 < len(order):
+            links.append("next: " + link(title(order[place + 1]), path, order[place + 1]))
+    spans = " ".join(f"<span>{text}</span>" for text in links)
+    return f'<nav class="pages">{spans}</nav>'
+
+
+def render_page(
+    notebook: NotebookNode,
+    path: Path,
+    order: list[Path],
+    exporter: HTMLExporter,
+    dark_style: str,  # for readers whose system is dark
+) -> str:
+    "The page of nbconvert with our style and navigation, in which links and names of notebooks lead to pages."
+    name = title(path) if path in order else "contents"
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
+    page = re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', page)
+    # GitHub writes the anchors of headings in small letters, nbconvert does not.
+    ids = {name.lower(): name for name in re.findall(r'\bid="([^"]+)"', page)}
+    page = re.sub(r'href="#([^"]+)"', lambda match: f'href="#{ids.get(match[1].lower(), match[1])}"', page)
+    known = pages_by_name(order)
+
+    def link_name(match):
+        there = known.get(match[1])
+        if there is None or there == path:
+            return match[0]
+        return f"<code>{link(match[1], path, there)}</code>"
+
+    page = re.sub(r"<code>([\w/]+)</code>", link_name, page)
+    style = f"<style>{STYLE}@media (prefers-color-scheme: dark) {{ {dark_style} }}</style>"
+    page = page.replace("</head>", f"{style}</head>", 1)
+    return page.replace("<main>", f"{navigation(path, order)}<main>", 1)
+
+
+def exported_names(
+    path: Path,  # below nbs
+) -> Iterator[tuple[str, str]]:  # name, id of the cell
+    "Public functions and classes that a notebook exports."
+    for cell in read_notebook(NBS / path).cells:
+        words = directives(cell.source)
+        if cell.cell_type != "code" or "hide" in words or not any(word.startswith("export") for word in words):
+            continue
+        for node in parse_cell(cell.source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield node.name, cell.get("id", "")
+
+
+def write_contents(
+    order: list[Path],
+) -> NotebookNode:
+    "A notebook that lists every heading and every exported name."
+    lines = ["# Contents", "\nThe search of your browser (Ctrl-F) finds all headings and all exported names here."]
+    names = []
+    for path in order:
+        lines.append(f"\n## {link(title(path), CONTENTS, path)} <small>{escape(path.as_posix())}</small>\n")
+        prose = "\n".join(cell.source for cell in read_page(path).cells if cell.cell_type == "markdown")
+        for level, heading in re.findall(r"^(##+) (.+)$", prose, re.M):
+            text = re.sub("[`*]", "", heading).strip()
+            anchor = "#" + text.replace(" ", "-")
+            lines.append("  " * (len(level) - 2) + f"- {link(text, CONTENTS, path, anchor)}")
+        names += [(name, path, cell_id) for name, cell_id in exported_names(path)]
     lines.append("\n## Names\n")
-    lines += [f"- {link(name, here, path, f'#cell-id={cell}')} <small>{escape(path.stem)}</small>" for name, path, cell in sorted(exported, key=lambda e: e[0].lower())]
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(lines))])
+    for name, path, cell_id in sorted(names, key=lambda row: row[0].lower()):
+        place = path.with_suffix("").as_posix()
+        lines.append(f"- {link(name, CONTENTS, path, f'#cell-id={cell_id}')} <small>{escape(place)}</small>")
+    return new_notebook(cells=[new_markdown_cell("\n".join(lines))])
 
 
-def dead_links(folder):
-    "Links of the pages that lead nowhere: (page, link)."
-    pages = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
-    ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
-    for path, text in pages.items():
-        for target in re.findall(r'(?:href|src)="(?!https?:|data:|mailto:)([^"]+)"', text):
+def find_dead_links(
+    folder: Path,  # resolved
+) -> list[tuple[Path, str]]:  # page, link
+    "Links of the pages that lead to no file, or to no place in a page."
+    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
+    ids = {}
+    for path, text in texts.items():
+        ids[path] = {unquote(name) for name in re.findall(r'\bid="([^"]+)"', text)}
+    dead = set()
+    for path, text in texts.items():
+        for target in re.findall(r'(?:href|src)="(?!https?:|data:|mailto:)([^"<]+)"', text):  # < stands only in code
             file, _, anchor = unquote(target).partition("#")
             there = (path.parent / file).resolve() if file else path
-            if not there.exists() or (anchor and there in ids and anchor not in {unquote(i) for i in ids[there]}): yield path.relative_to(folder), target
+            if not there.exists() or (anchor and there in ids and anchor not in ids[there]):
+                dead.add((path.relative_to(folder), target))
+    return sorted(dead)
 
 
-def main(folder):
-    "Render all pages, then follow every link."
-    folder = folder.resolve()   # dead_links compares resolved paths
+def read_dark_style(
+    exporter: HTMLExporter,
+) -> str:
+    "nbconvert's style for dark pages."
+    for place in exporter.template_paths:
+        path = Path(place, "static/theme-dark.css")
+        if path.is_file():
+            return path.read_text()
+    raise SystemExit("docs: nbconvert holds no dark style; install it anew")
+
+
+def main(
+    folder: Path,  # is deleted first
+):
+    "Write all pages, then follow every link; a link that leads nowhere is an error."
+    folder = folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(NBS / "images", folder / "images")
-    exporter, order = HTMLExporter(template_name="lab", theme="light", exclude_input_prompt=True, exclude_output_prompt=True), notebooks()
-    dark = next(Path(place, "static/theme-dark.css").read_text() for place in exporter.template_paths if Path(place, "static/theme-dark.css").is_file())
-    for path in [*order, Path("contents.ipynb")]:
+    exporter = HTMLExporter(
+        template_name="lab",
+        theme="light",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    dark_style = read_dark_style(exporter)
+    order = pages_in_order()
+    for path in [*order, CONTENTS]:
+        notebook = read_page(path) if path in order else write_contents(order)
         page = folder / path.with_suffix(".html")
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(render(readable(path) if path in order else contents(order), path, order, exporter, dark), encoding="utf-8")
-    if dead := sorted(set(dead_links(folder))): raise SystemExit(f"{len(dead)} dead links:\n" + "\n".join(f"  {page}: {target}" for page, target in dead[:20]))
+        page.write_text(render_page(notebook, path, order, exporter, dark_style), encoding="utf-8")
+    dead = find_dead_links(folder)
+    if dead:
+        lines = "\n".join(f"  {page}: {target}" for page, target in dead[:20])
+        raise SystemExit(f"{len(dead)} dead links:\n{lines}")
     print(f"{len(order) + 1} pages in {folder}; begin at {folder / 'index.html'}")
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_docs")
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_docs")
