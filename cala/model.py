@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Encoded', 'Vectors', 'Logits', 'Losses', 'other_pictures', 'CaLa', 'CachedReference']
 
-# %% ../nbs/method/08_model.ipynb #2136f64e
+# %% ../nbs/method/08_model.ipynb #a96d18c1
+from typing import Any
 from typing import NamedTuple
 
 import torch
@@ -261,13 +262,13 @@ class CaLa(nn.Module):
                 state[name] = tensor.detach().cpu().contiguous()
         return state
 
-# %% ../nbs/method/08_model.ipynb #d5573664
+# %% ../nbs/method/08_model.ipynb #9d0f47d9
 class CachedReference(NamedTuple):
     "A reference picture as the frozen parts see it."
 
     tokens: torch.Tensor  # (B, N, w), the trunk's
     image: Embedding  # F'_r, of the image encoder
 
-    def to(self, *args, **kwargs) -> "CachedReference":
+    def to(self, *args: Any, **kwargs: Any) -> "CachedReference":
         "The same on another device, or in another type."
         return CachedReference(self.tokens.to(*args, **kwargs), self.image.to(*args, **kwargs))

@@ -38,7 +38,7 @@ class DataRecipe:
     data_root: str = "."  # folder that holds cirr_dataset or fashionIQ_dataset
     categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which of them, separated by commas or spaces
     protocol: Literal["original", "val"] = "original"  # FashionIQ validation gallery: original or val
-    triplets: int | None = number(None, above=0)  # train on so many, drawn by the seed; None: all
+    triplets: int | None = number(None, above=0)  # how many to train on, drawn by the seed; None: all
     transform: str = "targetpad"  # targetpad, squarepad, plain; clip: the tower's own
     target_ratio: float = number(1.25, above=0)  # target pad: pad only pictures longer than this
     num_workers: int = number(0, least=0)  # processes that decode pictures
@@ -74,11 +74,11 @@ class ModelRecipe:
     hidden_dim: int | None = number(None, above=0)  # Combiner: width of its hidden layer; None: 8 d
     features: Literal["raw", "normalised"] | None = None  # in the associations' products; None: the objective's choice
     padding: Literal["read", "masked"] | None = None  # in HCA, of captions; None: the objective's choice
+    qtm_scale: float | None = number(None, above=0)  # of the QTM logits of sum and combiner; None: 100
     tbia_scale: float | None = number(
         None, above=0
     )  # of the TBIA logits; None: 10 for raw features, 100 for normalised
     ctr_scale: float | None = number(None, above=0)  # of the CTR logits; None: as for TBIA
-    qtm_scale: float | None = number(None, above=0)  # of the QTM logits of sum and combiner; None: 100
 
 
 @dataclass
@@ -112,8 +112,8 @@ class KeepRecipe:
     resume: str | None = None  # go on with the run in this folder
     save_training: bool = True  # keep the state after every epoch, to resume from (last/)
     save_best: bool = True  # keep the weights with the best validation score (best/)
-    save_steps: int = number(0, least=0)  # keep the state every so many steps of an epoch, too; 0: never
-    validation_frequency: int = number(1, above=0)  # validate every so many epochs
+    save_steps: int = number(0, least=0)  # save the state also after this many steps; 0: only after epochs
+    validation_frequency: int = number(1, above=0)  # epochs from one validation to the next
     api_key: str | None = None  # Comet: log there too
     workspace: str | None = None  # Comet: the workspace
     experiment_name: str | None = None  # name of the run in trackers; also of its folder

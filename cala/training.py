@@ -388,7 +388,7 @@ class Learner:
         device = self.accelerator.device
         return self.accelerator.reduce(torch.stack([loss.detach().to(device) for loss in losses]), "mean")
 
-# %% ../nbs/method/10_training.ipynb #673c71d2
+# %% ../nbs/method/10_training.ipynb #b5e6d237
 def make_schedule(
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,  # schedule, max_epoch, min_lr, warmup
@@ -410,20 +410,20 @@ def make_schedule(
 class Schedule(Callback):
     "Changes the learning rates as the recipe says."
 
-    def before_fit(self, learner):
+    def before_fit(self, learner: Learner):
         optimizer = getattr(learner.optimizer, "optimizer", learner.optimizer)  # without Accelerate's wrapper
         self.schedule = make_schedule(optimizer, learner.recipe, len(learner.loader))
 
-    def after_batch(self, learner):
+    def after_batch(self, learner: Learner):
         self.schedule.step()
 
     def state(self):
         return dict(schedule=self.schedule.state_dict())
 
-    def load_state(self, state):
+    def load_state(self, state: dict):
         self.schedule.load_state_dict(state["schedule"])
 
-# %% ../nbs/method/10_training.ipynb #2cd4f6f4
+# %% ../nbs/method/10_training.ipynb #9a3cb854
 class Validate(Callback):
     "Measures recall on validation data, and adds a row to `learner.metrics`."
 
@@ -435,7 +435,7 @@ class Validate(Callback):
     ):
         self.datasets = datasets
 
-    def after_epoch(self, learner):
+    def after_epoch(self, learner: Learner):
         epoch = learner.epochs_done + 1
         is_last = epoch == learner.recipe.num_epochs
         if not is_last and epoch % learner.recipe.validation_frequency:
@@ -446,12 +446,12 @@ class Validate(Callback):
         learner.metrics.append(dict(epoch=epoch, score=result["mean"], **result, missing_train=missing))
         learner.callback("after_validation")
 
-    def evaluate(self, learner) -> Result:
+    def evaluate(self, learner: Learner) -> Result:
         recipe = learner.recipe
         size = max(64, recipe.batch_size)
         return evaluate(learner.core, self.datasets, batch_size=size, workers=recipe.num_workers, progress=False)
 
-# %% ../nbs/method/10_training.ipynb #ab1072c9
+# %% ../nbs/method/10_training.ipynb #025422f9
 def best_row(
     metrics: list[dict],  # rows of validations
 ) -> dict:  # the first of those with the best score; empty if there are none
@@ -470,13 +470,13 @@ class KeepBest(Callback):
     ):
         self.write = write
 
-    def save(self, learner):
+    def save(self, learner: Learner):
         latest = learner.metrics[-1] if learner.metrics else {}
         is_fresh = learner.position == 0 and latest.get("epoch") == learner.epochs_done
         if is_fresh and latest is best_row(learner.metrics) and learner.accelerator.is_main_process:
             self.write(learner.core, latest)
 
-# %% ../nbs/method/10_training.ipynb #c5b0a93d
+# %% ../nbs/method/10_training.ipynb #643361f0
 class CSVLog(Callback):
     "Writes log.csv (a row for each step) and metrics.csv (a row for each validation)."
 
@@ -490,7 +490,7 @@ class CSVLog(Callback):
         self.folder = Path(folder)
         self.write = write
 
-    def save(self, learner):
+    def save(self, learner: Learner):
         if not learner.accelerator.is_main_process:
             return
         for name, rows in (("log.csv", learner.log), ("metrics.csv", learner.metrics)):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_rows', 'count_rows', 'GradCache']
 
-# %% ../../nbs/library/gradcache.ipynb #5807d893
+# %% ../../nbs/library/gradcache.ipynb #81e065e9
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from .processes import AcrossProcesses
 from .resume import rng_state
 from .resume import set_rng_state
 from ..training import Callback
+from ..training import Learner
 
 # %% ../../nbs/library/gradcache.ipynb #bbd38f5f
 def cut_rows(
@@ -34,7 +35,7 @@ def count_rows(
     "The number of rows of an input of the model."
     return count_rows(x[0]) if isinstance(x, tuple) else len(x)
 
-# %% ../../nbs/library/gradcache.ipynb #2a539d28
+# %% ../../nbs/library/gradcache.ipynb #e6e863a9
 class GradCache(Callback):
     "Encodes a batch in pieces; the losses and the gradient are those of the whole batch."
 
@@ -46,15 +47,15 @@ class GradCache(Callback):
     ):
         self.pieces = pieces
 
-    def before_fit(self, learner):
+    def before_fit(self, learner: Learner):
         learner.compute_losses = partial(self.compute_losses, learner)
         learner.backward = partial(self.backward, learner)
 
-    def cleanup(self, learner):
+    def cleanup(self, learner: Learner):
         vars(learner).pop("compute_losses", None)
         vars(learner).pop("backward", None)
 
-    def compute_losses(self, learner) -> tuple:
+    def compute_losses(self, learner: Learner) -> tuple:
         "Steps 1 and 2: the losses of the vectors of all pieces."
         inputs = learner.inputs()
         count = count_rows(inputs[0])
@@ -74,7 +75,7 @@ class GradCache(Callback):
         with learner.accelerator.autocast():
             return wrapper.lose(self.vectors, **learner.more_inputs)
 
-    def backward(self, learner):
+    def backward(self, learner: Learner):
         "Step 3: the gradient, piece by piece."
         leaves = [vector for vector in self.vectors if vector is not None]
         weights = [p for p in learner.core.parameters() if p.requires_grad]

@@ -7,12 +7,13 @@ __all__ = ['LOST_MESSAGES', 'GatherWithGradient', 'count_processes', 'gather_vec
            'process_settings', 'use_cpu_processes', 'largest', 'PadCaptions', 'ProcessShare', 'collect_rows',
            'embed_together', 'ValidateTogether', 'how_to_resume', 'report_lost_processes']
 
-# %% ../../nbs/library/processes.ipynb #bb58570c
+# %% ../../nbs/library/processes.ipynb #4bc2c7de
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,20 +37,21 @@ from ..retrieval import Result
 from ..retrieval import embed
 from ..retrieval import measure
 from ..training import Callback
+from ..training import Learner
 from ..training import Validate
 
-# %% ../../nbs/library/processes.ipynb #06bd90ca
+# %% ../../nbs/library/processes.ipynb #74f4f33f
 class GatherWithGradient(torch.autograd.Function):
     "Rows (k, b, d) of this process to the rows (k, P b, d) of all; gradients go back to the process that owns a row."
 
     @staticmethod
-    def forward(ctx, rows):
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts, dim=1)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
@@ -147,11 +149,11 @@ def largest(
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
-# %% ../../nbs/library/processes.ipynb #b8683d84
+# %% ../../nbs/library/processes.ipynb #e004014d
 class PadCaptions(Callback):
     "Pads the captions of every process to the longest of all processes."
 
-    def before_batch(self, learner):
+    def before_batch(self, learner: Learner):
         words = learner.core.backbone.read(learner.batch.captions)
         if isinstance(words, Words):
             words = words.padded(largest(words.ids.shape[1], learner.accelerator))
@@ -182,7 +184,7 @@ class ProcessShare:
     def caption(self, i: int) -> str:
         return self.dataset.caption(int(self.queries[i]))
 
-# %% ../../nbs/library/processes.ipynb #e6ab61b3
+# %% ../../nbs/library/processes.ipynb #0d7ba1e4
 def collect_rows(
     positions: torch.Tensor,  # (n,) where this process's rows belong
     rows: torch.Tensor,  # (n, d)
@@ -201,7 +203,7 @@ def embed_together(
     model: CaLa,
     dataset: Dataset,  # CIRR or FashionIQ
     accelerator: Accelerator,
-    **options,  # of `embed`
+    **options: Any,  # of `embed`
 ) -> Embedded:
     "A data set's features on every process; each process computes its share."
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -219,7 +221,7 @@ def embed_together(
 class ValidateTogether(Validate):
     "`Validate`, shared by all processes."
 
-    def evaluate(self, learner) -> Result:
+    def evaluate(self, learner: Learner) -> Result:
         recipe = learner.recipe
         options = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=False)
         embedded = [embed_together(learner.core, data, learner.accelerator, **options) for data in self.datasets]

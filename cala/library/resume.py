@@ -6,7 +6,7 @@
 __all__ = ['MAY_DIFFER', 'rng_state', 'set_rng_state', 'check_same_recipe', 'Resume', 'read_state', 'recipe_to_save', 'stop_run',
            'StopOnSignal', 'ignore_interrupts', 'StopOnNonFinite']
 
-# %% ../../nbs/library/resume.ipynb #2ab3c051
+# %% ../../nbs/library/resume.ipynb #aaa27df3
 import io
 import json
 import random
@@ -16,6 +16,7 @@ import warnings
 from dataclasses import asdict
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from .processes import largest
 from ..recipe import Recipe
 from ..recipe import spell_flag
 from ..training import Callback
+from ..training import Learner
 from ..training import SkipStep
 
 # %% ../../nbs/library/resume.ipynb #72c4ceec
@@ -104,7 +106,7 @@ def check_same_recipe(
         flags = "; ".join(f"{spell_flag(name)} is {before[name]} there and {now[name]} here" for name in names)
         raise CalaError(f"{folder} is of another recipe: {flags}. Give the same flags, or a new --output")
 
-# %% ../../nbs/library/resume.ipynb #e7ab14e6
+# %% ../../nbs/library/resume.ipynb #7f0efe3e
 class Resume(Callback):
     "Saves the state of a run to `last/`, and goes on from it."
 
@@ -120,21 +122,21 @@ class Resume(Callback):
         self.go_on = go_on
         self.rng_state = None  # of this process, where a saved epoch is to go on
 
-    def before_fit(self, learner):
+    def before_fit(self, learner: Learner):
         if self.go_on:
             self.load(learner)
 
-    def before_epoch(self, learner):
+    def before_epoch(self, learner: Learner):
         if learner.position and self.rng_state is not None:
             set_rng_state(self.rng_state)
         self.rng_state = None
 
-    def after_batch(self, learner):
+    def after_batch(self, learner: Learner):
         steps = learner.recipe.save_steps
         if steps and learner.position % steps == 0:
             learner.callback("save")
 
-    def save(self, learner):
+    def save(self, learner: Learner):
         rng_states = gather_object([rng_state()])
         if learner.accelerator.is_main_process:
             latest = learner.metrics[-1] if learner.metrics else {}
@@ -144,7 +146,7 @@ class Resume(Callback):
             save_checkpoint(learner.core, self.folder, recipe, latest if is_fresh else {}, {"state.pt": state})
         learner.accelerator.wait_for_everyone()
 
-    def pack(self, learner, rng_states: list) -> bytes:
+    def pack(self, learner: Learner, rng_states: list) -> bytes:
         "A torch file of plain values."
         scaler = learner.accelerator.scaler
         state = dict(
@@ -162,7 +164,7 @@ class Resume(Callback):
         torch.save(state, file)
         return file.getvalue()
 
-    def load(self, learner):
+    def load(self, learner: Learner):
         "Take up weights, optimizer, schedule, generators and logs of the last saved state."
         accelerator = learner.accelerator
         if not find_whole_folder(self.folder).is_dir():
@@ -209,23 +211,23 @@ def recipe_to_save(
     saved.pop("api_key")
     return saved
 
-# %% ../../nbs/library/resume.ipynb #046e9cfc
+# %% ../../nbs/library/resume.ipynb #ee66e86c
 def stop_run(
-    learner,  # between two steps
+    learner: Learner,  # between two steps
     reason: str,  # what happened
     advice: str = "",  # what to do about it
 ):
     "Save the state and end the run with a `CalaError`; of several processes only the first says it."
     resume = next((callback for callback in learner.callbacks if isinstance(callback, Resume)), None)
-    kept = "nothing was kept (--no-save-training)"
+    state = "nothing was kept (--no-save-training)"
     if resume is not None:
         learner.callback("save")
-        kept = f"{len(learner.log)} steps are kept, go on with --resume {resume.output}"
+        state = f"{len(learner.log)} steps are kept, go on with --resume {resume.output}"
     if not learner.accelerator.is_main_process:
         raise SystemExit(2)
-    raise CalaError("; ".join(part for part in (reason, kept, advice) if part))
+    raise CalaError("; ".join(part for part in (reason, state, advice) if part))
 
-# %% ../../nbs/library/resume.ipynb #08d80d5f
+# %% ../../nbs/library/resume.ipynb #f4952ae7
 class StopOnSignal(Callback):
     "Stops the run between two steps after Ctrl-C or SIGTERM."
 
@@ -241,43 +243,43 @@ class StopOnSignal(Callback):
         self.is_validating = False
         self.old_handlers = {}
 
-    def before_fit(self, learner):
+    def before_fit(self, learner: Learner):
         self.is_alone = learner.accelerator.num_processes == 1
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.old_handlers[number] = signal.signal(number, self.note_signal)
 
-    def cleanup(self, learner):
+    def cleanup(self, learner: Learner):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self.old_handlers = {}
 
-    def note_signal(self, number, frame):
+    def note_signal(self, number: int, frame: FrameType | None):
         "Called by Python when a signal comes."
         is_second = self.signal and self.is_alone
         self.signal = number
         if number == signal.SIGINT and (is_second or self.is_validating):
             raise KeyboardInterrupt
 
-    def stop_if_asked(self, learner):
+    def stop_if_asked(self, learner: Learner):
         self.signal = largest(int(self.signal), learner.accelerator)
         if self.signal:
             name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
             stop_run(learner, f"stopped by {name} in epoch {learner.epochs_done + 1}")
 
-    def before_batch(self, learner):
+    def before_batch(self, learner: Learner):
         self.stop_if_asked(learner)
 
-    def after_epoch(self, learner):
+    def after_epoch(self, learner: Learner):
         self.stop_if_asked(learner)
 
-    def before_validation(self, learner):
+    def before_validation(self, learner: Learner):
         self.is_validating = self.is_alone
 
-    def after_validation(self, learner):
+    def after_validation(self, learner: Learner):
         self.is_validating = False
 
-    def on_error(self, learner):
+    def on_error(self, learner: Learner):
         error, epoch = learner.error, learner.epochs_done + 1
         if isinstance(error, KeyboardInterrupt):
             if self.is_validating:
@@ -297,7 +299,7 @@ def ignore_interrupts(
     "Let a process that decodes pictures ignore Ctrl-C, which a terminal sends to every process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../../nbs/library/resume.ipynb #f8ff6f58
+# %% ../../nbs/library/resume.ipynb #97e8c931
 class StopOnNonFinite(Callback):
     "Stops the run, or leaves out the step, if a loss or the gradient is not finite."
 
@@ -314,16 +316,16 @@ class StopOnNonFinite(Callback):
     def state(self):
         return dict(skipped=self.skipped, scaled=self.scaled)
 
-    def load_state(self, state):
+    def load_state(self, state: dict):
         self.skipped, self.scaled = state["skipped"], state["scaled"]
 
-    def before_batch(self, learner):
+    def before_batch(self, learner: Learner):
         self.rng_state = rng_state()
 
-    def after_loss(self, learner):
+    def after_loss(self, learner: Learner):
         self.check(learner, "loss", learner.values[0])
 
-    def after_backward(self, learner):
+    def after_backward(self, learner: Learner):
         scaler = learner.accelerator.scaler
         if scaler:
             self.scale = scaler.get_scale()
@@ -332,14 +334,14 @@ class StopOnNonFinite(Callback):
             gradients = [gradient for gradient in gradients if gradient is not None]
             self.check(learner, "gradient", torch.stack(torch._foreach_norm(gradients)).norm())
 
-    def after_step(self, learner):
+    def after_step(self, learner: Learner):
         scaler = learner.accelerator.scaler
         if scaler and scaler.get_scale() < self.scale:
             self.scaled += 1
             if self.scale < 1:
                 self.check(learner, "gradient", torch.tensor(float("inf")))
 
-    def check(self, learner, name: str, value: torch.Tensor):
+    def check(self, learner: Learner, name: str, value: torch.Tensor):
         "Skip the step or stop the run unless the value is finite."
         if torch.isfinite(value):
             return
@@ -352,11 +354,11 @@ class StopOnNonFinite(Callback):
             write_atomically(path, json.dumps(report, indent=1).encode())
         learner.optimizer.zero_grad()
         set_rng_state(self.rng_state)
-        found = f"the {name} is {value.item()} at step {report['step']}"
+        reason = f"the {name} is {value.item()} at step {report['step']}"
         pairs = f"in the batch of pairs {', '.join(report['pairs'][:5])} ...; all are named in {path}"
-        stop_run(learner, f"{found}, {pairs}", "lower --learning-rate, or leave such steps out with --skip-nonfinite")
+        stop_run(learner, f"{reason}, {pairs}", "lower --learning-rate, or leave such steps out with --skip-nonfinite")
 
-    def describe(self, learner, name: str, value: torch.Tensor) -> dict:
+    def describe(self, learner: Learner, name: str, value: torch.Tensor) -> dict:
         "Where it happened: epoch, step, and the names of the batch."
         accelerator = learner.accelerator
         numbers = accelerator.gather(learner.batch.index.to(accelerator.device)).tolist()

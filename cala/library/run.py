@@ -70,7 +70,7 @@ from ..training import make_model
 from ..training import make_optimizer
 from ..training import open_split
 
-# %% ../../nbs/library/run.ipynb #482cd855
+# %% ../../nbs/library/run.ipynb #973c2cd2
 def draw_triplets(
     data: Dataset,  # CIRR or FashionIQ, changed in place
     count: int | None,  # how many; None: all
@@ -117,7 +117,7 @@ def open_data(
     )
     return data, validation
 
-# %% ../../nbs/library/run.ipynb #071fc5e7
+# %% ../../nbs/library/run.ipynb #26f3d163
 class GalleryNegatives(Callback):
     "Gives the model the features of the whole training gallery as further negatives."
 
@@ -127,7 +127,7 @@ class GalleryNegatives(Callback):
     ):
         self.features = features
 
-    def before_batch(self, learner):
+    def before_batch(self, learner: Learner):
         positions = learner.data.targets[learner.batch.index].to(learner.accelerator.device)
         learner.more_inputs = dict(gallery=self.features, positions=positions)
 
@@ -153,7 +153,7 @@ def embed_targets(
         rows = torch.cat([model.embed_gallery(batch.to(device)).float() for batch in loader])
     return collect_rows(positions, rows, len(pictures), accelerator)
 
-# %% ../../nbs/library/run.ipynb #56cf6b40
+# %% ../../nbs/library/run.ipynb #c8ab6f45
 class Watch(Callback):
     "Calls a function with every row of the log and of the metrics."
 
@@ -165,10 +165,10 @@ class Watch(Callback):
     ):
         self.watch = watch
 
-    def after_batch(self, learner):
+    def after_batch(self, learner: Learner):
         self.watch(learner.log[-1])
 
-    def after_validation(self, learner):
+    def after_validation(self, learner: Learner):
         if hasattr(self.watch, "see") and learner.accelerator.is_main_process:
             self.watch.see(learner.core)
         self.watch(learner.metrics[-1])
@@ -180,18 +180,18 @@ class Progress(Callback):
     order = 70
     bar = None
 
-    def before_fit(self, learner):
+    def before_fit(self, learner: Learner):
         recipe, steps = learner.recipe, len(learner.loader)
         total = (recipe.num_epochs - learner.epochs_done) * steps - learner.position
         is_hidden = None if learner.accelerator.is_main_process else True  # None: hidden where there is no terminal
         self.bar = tqdm(total=max(0, total), desc=recipe.experiment_name or "training", disable=is_hidden)
 
-    def after_batch(self, learner):
+    def after_batch(self, learner: Learner):
         row = learner.log[-1]
         self.bar.update()
         self.bar.set_postfix(epoch=row["epoch"], loss=f"{row['loss']:.3f}")
 
-    def cleanup(self, learner):
+    def cleanup(self, learner: Learner):
         if self.bar is not None:
             self.bar.close()
 

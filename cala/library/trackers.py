@@ -1,4 +1,4 @@
-"""Comet and TensorBoard: the log of a run, sent by Accelerate's trackers, and nothing that nobody asked for."""
+"""Comet and TensorBoard: Accelerate's trackers get the recipe and the log of a run, and collect nothing else."""
 
 import os
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from ..recipe import Recipe
 from ..training import Callback
 from ..training import Learner
 
-COMET_OPTIONS = (  # what Comet collects by itself unless it is told not to
+COMET_OPTIONS = (  # what Comet collects by itself unless each is switched off
     "parse_args",
     "log_code",
     "log_graph",
@@ -38,7 +38,7 @@ def make_comet(
     recipe: Recipe,  # api_key, workspace, experiment_name, comet_offline
     output: Path,  # the run's folder, whose name is the experiment's if it has none
 ) -> tracking.GeneralTracker:
-    "Accelerate's Comet tracker, online or into an archive; it gets the recipe and the log, and collects nothing itself."
+    "Accelerate's Comet tracker, online or into an archive; it collects nothing by itself."
     require_package("comet_ml")
     os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
     from comet_ml import ExperimentConfig
