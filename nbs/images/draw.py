@@ -1131,23 +1131,35 @@ LESSONS = (
     "11  findings",
 )
 WITHOUT_MODULE = "00  task", "11  findings"
-BACKBONES = ("blip2", "clip", "contract")
+PLAIN = ("annotations", "errors", "options", "pictures", "recipe", "trust")
+BACKBONES = ("blip2", "clip", "contract", "weights")
 LIBRARY = (
+    "ablation",
     "atlas",
     "audit",
+    "benchmark",
     "cache",
     "checkpoint",
     "cli",
+    "combiner",
+    "demo",
+    "environment",
     "files",
+    "flags",
     "gallery",
     "gradcache",
     "loading",
-    "pictures",
     "probes",
     "processes",
     "released",
+    "report",
+    "results",
     "resume",
+    "run",
+    "search",
     "show",
+    "speed",
+    "stage1",
     "submission",
     "trackers",
     "worlds",
@@ -1170,10 +1182,11 @@ def draw_wings() -> Figure:
     "The four wings and their modules."
     description = (
         f"Four columns: method, backbones, library, scripts. Every column imports only from columns to its left. "
-        f"The lessons of the method in reading order: {', '.join(LESSONS)}. Backbones: {', '.join(BACKBONES)}. "
+        f"The lessons of the method in reading order: {', '.join(LESSONS)}. "
+        f"Modules of the method without a lesson: {', '.join(PLAIN)}. Backbones: {', '.join(BACKBONES)}. "
         f"Library: {', '.join(LIBRARY)}. Scripts: {', '.join(SCRIPTS)}."
     )
-    figure = Figure(900, 632, "The four wings of the project", description)
+    figure = Figure(900, 752, "The four wings of the project", description)
     figure.heading(
         "The four wings of the project",
         "An arrow means: imports from. A wing imports only from wings to its left.",
@@ -1188,6 +1201,9 @@ def draw_wings() -> Figure:
     figure.path((42, 202), (42, 600), stroke=2.4)
     for n, lesson in enumerate(LESSONS):
         figure.box(60, 200 + 34 * n, 152, 28, lesson, look="cell", dashed=lesson in WITHOUT_MODULE, stroke=1.2)
+    figure.text(124, 622, "without a lesson", 13)
+    for n, name in enumerate(PLAIN):
+        figure.box(32 + 95 * (n % 2), 634 + 32 * (n // 2), 89, 26, name, look="cell", size=13, stroke=1.2)
     for n, name in enumerate(BACKBONES):
         figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(LIBRARY):
@@ -1199,7 +1215,7 @@ def draw_wings() -> Figure:
 
 def draw_wing(figure: Figure, x: float, width: float, name: str, notebooks: str, package: str) -> Box:
     "The panel of a wing, without its modules."
-    panel = figure.box(x, 114, width, 500, look="panel", radius=10, stroke=1.2)
+    panel = figure.box(x, 114, width, 620, look="panel", radius=10, stroke=1.2)
     figure.text(panel.middle_x, 138, name, 17, bold=True)
     figure.lines(panel.middle_x, 169, f"~{notebooks}", f"~{package}", size=13, room=width - 8)
     return panel
