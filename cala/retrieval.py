@@ -7,11 +7,11 @@ __all__ = ['GALLERY_AT', 'GROUP_AT', 'FASHION_AT', 'compare_rows', 'check_scores
            'count_rivals', 'target_ranks', 'target_ties', 'recalls', 'count_group_rivals', 'check_groups',
            'group_ranks', 'Ranks', 'rank_tiles', 'cirr_metrics', 'fashioniq_metrics', 'cut_tiles', 'read_block',
            'Tiles', 'evaluating', 'rank_queries', 'collate_pictures', 'load_batches', 'embed_pictures', 'embed_texts',
-           'Embedded', 'embed', 'Section', 'sections', 'check_targets', 'rank_section', 'add_ranks', 'Result',
-           'average', 'summarise', 'describe_sections', 'as_list', 'chance', 'section_recalls', 'measure', 'image_only',
+           'Embedded', 'embed', 'Section', 'sections', 'read_targets', 'rank_section', 'add_ranks', 'Result', 'average',
+           'summarise', 'describe_sections', 'as_list', 'chance', 'section_recalls', 'measure', 'image_only',
            'text_only', 'evaluate']
 
-# %% ../nbs/method/09_retrieval.ipynb #ef1e1381
+# %% ../nbs/method/09_retrieval.ipynb #f9b464d6
 import warnings
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -34,6 +34,7 @@ from .composition import Sum
 from .contrast import cosine_logits
 from .data import CIRR
 from .data import FashionIQ
+from .data import Triplets
 from .errors import CalaError
 
 # %% ../nbs/method/09_retrieval.ipynb #a1bf3f39
@@ -49,7 +50,7 @@ def compare_rows(
         equal.append((part == line).sum(1))
     return torch.cat(higher), torch.cat(equal)
 
-# %% ../nbs/method/09_retrieval.ipynb #03b412d7
+# %% ../nbs/method/09_retrieval.ipynb #d817704a
 def check_scores(
     scores: Tensor,  # of any shape
 ) -> Tensor:  # the same
@@ -65,7 +66,7 @@ def check_scores(
 def check_positions(
     scores: Tensor,  # (Q, N)
     *positions: Tensor | None,  # of Q rows each
-) -> list[Tensor | None]:  # on the device of the scores
+) -> list:  # on the device of the scores
     "Raise `ValueError` if positions do not belong to these scores."
     for each in positions:
         if each is not None and len(each) != len(scores):
@@ -176,14 +177,14 @@ def group_ranks(
     higher, _ = count_group_rivals(scores, bar, references, targets, groups)
     return higher + 1
 
-# %% ../nbs/method/09_retrieval.ipynb #f7bc2703
+# %% ../nbs/method/09_retrieval.ipynb #1b796a1a
 class Ranks(NamedTuple):
     "Where the targets of some queries stand."
 
     rank: Tensor  # (Q,) long, 1 = first; in the best order of tied pictures
     ties: Tensor  # (Q,) long, other pictures with exactly the target's score
-    group: Tensor | None = None  # (Q,) long, the rank within the group, where there are groups
-    group_ties: Tensor | None = None  # (Q,) long, ties within the group
+    group: Any = None  # (Q,) long, the rank within the group, where there are groups
+    group_ties: Any = None  # (Q,) long, ties within the group
 
 
 def rank_tiles(
@@ -197,7 +198,7 @@ def rank_tiles(
     counts = torch.zeros(4, len(targets), dtype=torch.long, device=bar.device)  # higher, ties, and both in the group
     for first, scores in tiles:
         counts[:2] += torch.stack(count_rivals(scores, bar, targets, exclude, first))
-        if groups is not None:
+        if groups is not None and exclude is not None:
             counts[2:] += torch.stack(count_group_rivals(scores, bar, exclude, targets, groups, first))
     higher, ties, group_higher, group_ties = counts
     if groups is None:
@@ -228,7 +229,7 @@ def fashioniq_metrics(
     "The two recalls of FashionIQ, for one category."
     return recalls(target_ranks(scores, targets), FASHION_AT, ties=target_ties(scores, targets))
 
-# %% ../nbs/method/09_retrieval.ipynb #c1dfcc51
+# %% ../nbs/method/09_retrieval.ipynb #0e506527
 def cut_tiles(
     queries: int,  # how many
     pictures: int,  # how many
@@ -257,7 +258,7 @@ class Tiles:
 
     def __init__(
         self,
-        frame: nn.Module,  # has .scores(reference, text, pictures)
+        frame: Any,  # has .scores(reference, text, pictures)
         reference: Tensor,  # (q, d)
         text: Tensor,  # (q, d)
         gallery: Any,  # (N, d) tensor, or an array on disk
@@ -312,9 +313,9 @@ def evaluating(
         for part, mode in modes.items():
             part.training = mode
 
-# %% ../nbs/method/09_retrieval.ipynb #8527171a
+# %% ../nbs/method/09_retrieval.ipynb #4075d71b
 def rank_queries(
-    frame: nn.Module,  # has .scores(reference, text, pictures)
+    frame: Any,  # has .scores(reference, text, pictures)
     reference: Tensor,  # (Q, d); scores are computed on its device
     text: Tensor,  # (Q, d)
     gallery: Any,  # (N, d) tensor, or an array on disk
@@ -344,9 +345,10 @@ def rank_queries(
             bar = tiles.pick(positions[0][:, None])
             parts.append(rank_tiles(tiles, bar, *positions))
     back = order.argsort()
-    return Ranks(*(None if column[0] is None else torch.cat(column).cpu()[back] for column in zip(*parts)))
+    columns: list[Any] = [None if column[0] is None else torch.cat(column).cpu()[back] for column in zip(*parts)]
+    return Ranks(*columns)
 
-# %% ../nbs/method/09_retrieval.ipynb #6399d28f
+# %% ../nbs/method/09_retrieval.ipynb #c40f3b6e
 def collate_pictures(
     items: list,  # tensors of one shape
 ) -> Tensor:
@@ -371,7 +373,7 @@ def load_batches(
 
 
 def embed_pictures(
-    model: nn.Module,  # has .tokens and .embed_gallery
+    model: Any,  # has .tokens and .embed_gallery
     batches: Iterable[Tensor],  # of all pictures
     references: Tensor,  # (R,) positions whose tokens are needed again, sorted
     keep: int,  # bytes that these tokens may take
@@ -391,7 +393,7 @@ def embed_pictures(
 
 
 def embed_texts(
-    model: nn.Module,  # has .tokens and .embed_queries
+    model: Any,  # has .tokens and .embed_queries
     batches: Iterable[Tensor],  # of the different references, in the order of their positions
     references: Tensor,  # (Q,) gallery positions, one a query
     captions: list[str],  # Q texts
@@ -423,8 +425,8 @@ class Embedded(NamedTuple):
 
 
 def embed(
-    model: nn.Module,  # CaLa, or a module with .tokens, .embed_gallery and .embed_queries
-    dataset: CIRR | FashionIQ,  # any split
+    model: Any,  # CaLa, or a module with .tokens, .embed_gallery and .embed_queries
+    dataset: Triplets,  # CIRR or FashionIQ, any split
     batch_size: int = 64,  # pictures, or queries, at a time
     device: torch.device | str | None = None,  # the model is moved there; None leaves it where it is
     workers: int = 0,  # processes that decode pictures
@@ -434,25 +436,27 @@ def embed(
     "All features of a data set; every picture goes through the trunk once, a reference twice if `keep` is too small."
     if dataset.pictures is dataset.gallery:
         dataset.require_pictures()
-    device = torch.device(device) if device else next(model.parameters()).device
+    place = torch.device(device) if device else next(model.parameters()).device
     references = dataset.references.unique()
     captions = [dataset.caption(i) for i in range(len(dataset))]
     constant = getattr(dataset, "target_pictures", None)  # target features that a cache holds already
-    pictures = dataset.pictures if constant is None else dataset.pictures.tokens
+    pictures: Any = dataset.pictures
+    if constant is not None:
+        pictures = pictures.tokens
     titles = ("gallery", "queries") if progress else ("", "")
-    with evaluating(model.to(device)):
+    with evaluating(model.to(place)):
         if constant is None:
-            batches = load_batches(pictures, batch_size, device, workers, titles[0])
+            batches = load_batches(pictures, batch_size, place, workers, titles[0])
             gallery, tokens = embed_pictures(model, batches, references, keep)
         else:
-            gallery, tokens = constant.features().to(device), None
+            gallery, tokens = constant.features().to(place), None
         if tokens is None:
-            batches = load_batches(Subset(pictures, references.tolist()), batch_size, device, workers, titles[1])
+            batches = load_batches(Subset(pictures, references.tolist()), batch_size, place, workers, titles[1])
         else:
-            batches = (part.to(device) for part in tokens.split(batch_size))
+            batches = (part.to(place) for part in tokens.split(batch_size))
         return Embedded(gallery, *embed_texts(model, batches, dataset.references, captions, batch_size))
 
-# %% ../nbs/method/09_retrieval.ipynb #8c2e7a11
+# %% ../nbs/method/09_retrieval.ipynb #7a2a93a3
 class Section(NamedTuple):
     "A gallery and the queries that are ranked in it."
 
@@ -462,13 +466,13 @@ class Section(NamedTuple):
 
 
 def sections(
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
 ) -> list[Section]:
     "What is ranked together: all of CIRR, each category of FashionIQ."
-    if dataset.name == "CIRR":
-        parts = {"": (torch.arange(len(dataset)), torch.arange(len(dataset.gallery)))}
-    else:
+    if isinstance(dataset, FashionIQ):
         parts = {category: (dataset.queries[category], gallery) for category, gallery in dataset.galleries.items()}
+    else:
+        parts = {"": (torch.arange(len(dataset)), torch.arange(len(dataset.gallery)))}
     protocol = getattr(dataset, "protocol", "reference left out")
     about = dict(dataset=dataset.name, split=dataset.split, protocol=protocol)
     return [
@@ -476,43 +480,41 @@ def sections(
         for category, (queries, gallery) in parts.items()
     ]
 
-# %% ../nbs/method/09_retrieval.ipynb #80b048f0
-def check_targets(
-    dataset: CIRR | FashionIQ,
-):
-    "Raise `CalaError` if a data set has no published targets, or groups that are not whole."
+# %% ../nbs/method/09_retrieval.ipynb #74d282d0
+def read_targets(
+    dataset: Triplets,  # CIRR or FashionIQ
+) -> tuple[Tensor, Tensor | None]:  # gallery positions: (Q,) of the targets; (Q, 6) of CIRR's groups
+    "Targets and groups of all queries; `CalaError` if there are none, or groups that are not whole."
+    name = f"{dataset.name} {dataset.split}"
     if dataset.targets is None:
         advice = ", or write files for the server with cala-cirr-submission" if dataset.name == "CIRR" else ""
-        raise CalaError(f"{dataset.name} {dataset.split} has no published targets to rank; use the split val{advice}")
-    if dataset.name == "CIRR" and dataset.groups is None:
-        raise CalaError(
-            f"CIRR {dataset.split}: not every group has six pictures of the gallery; cala-check lists the faults"
-        )
+        raise CalaError(f"{name} has no published targets to rank; use the split val{advice}")
+    if not isinstance(dataset, CIRR):
+        return dataset.targets, None
+    if dataset.groups is None:
+        raise CalaError(f"{name}: not every group has six pictures of the gallery; cala-check lists the faults")
+    return dataset.targets, dataset.groups
 
 
 def rank_section(
-    frame: nn.Module,  # has .scores(reference, text, pictures)
+    frame: Any,  # has .scores(reference, text, pictures)
     embedded: Embedded,  # of the data set
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
     section: Section,  # of the data set
 ) -> pd.DataFrame:  # pair_id, reference, target, rank, higher, ties; CIRR also group_rank, ...; FashionIQ also category
     "Ranks of a section's queries, one row each."
-    check_targets(dataset)
     queries = section.queries
     column = torch.full((len(dataset.gallery),), -1)  # of a picture, in the gallery of the section
     column[section.gallery] = torch.arange(len(section.gallery))
-    exclude = groups = None
-    if dataset.name == "CIRR":
-        exclude = column[dataset.references[queries]]
-        groups = column[dataset.groups[queries]]
+    targets, groups = read_targets(dataset)
     ranks = rank_queries(
         frame,
         embedded.reference[queries],
         embedded.text[queries],
         embedded.gallery[section.gallery],
-        column[dataset.targets[queries]],
-        exclude,
-        groups,
+        targets=column[targets[queries]],
+        exclude=None if groups is None else column[dataset.references[queries]],
+        groups=None if groups is None else column[groups[queries]],
     )
     triplets = [dataset.triplets[i] for i in queries.tolist()]
     names = [(triplet.pair_id, triplet.reference, triplet.target) for triplet in triplets]
@@ -536,7 +538,7 @@ def add_ranks(
     table[f"{prefix}higher"] = (ranks - 1).numpy()
     table[f"{prefix}ties"] = ties.numpy()
 
-# %% ../nbs/method/09_retrieval.ipynb #3230c876
+# %% ../nbs/method/09_retrieval.ipynb #1fa6898b
 class Result(dict):
     "Metrics and what they were measured on, ready for JSON; `.ranks` is the table behind them, one row per query."
 
@@ -568,7 +570,7 @@ def summarise(
 
 
 def describe_sections(
-    datasets: list[CIRR | FashionIQ],
+    datasets: list[Triplets],
     parts: list[Section],  # of these data sets
 ) -> dict:
     "What a result was measured on; `CalaError` if the sections do not belong to one measurement."
@@ -590,7 +592,7 @@ def describe_sections(
             facts[f"{category}_queries"] = len(section.queries)
     return facts
 
-# %% ../nbs/method/09_retrieval.ipynb #a071a4c7
+# %% ../nbs/method/09_retrieval.ipynb #a7893bc5
 def as_list(
     value: Any,  # one thing, or a list of them
 ) -> list:
@@ -599,7 +601,7 @@ def as_list(
 
 
 def chance(
-    dataset: CIRR | FashionIQ | list[FashionIQ],  # or a list of FashionIQ's categories
+    dataset: Triplets | list[Triplets],  # or a list of FashionIQ's categories
 ) -> Result:
     "What guessing reaches: the exact expectation of each recall."
     parts = [section for each in as_list(dataset) for section in sections(each)]
@@ -613,7 +615,7 @@ def chance(
         }
     return Result(describe_sections(as_list(dataset), parts) | summarise(metrics))
 
-# %% ../nbs/method/09_retrieval.ipynb #eebbd14a
+# %% ../nbs/method/09_retrieval.ipynb #db97adc1
 def section_recalls(
     table: pd.DataFrame,  # from `rank_section`
     order: str = "mean",  # of tied pictures: mean over all orders, best or worst
@@ -632,9 +634,9 @@ def section_recalls(
 
 
 def measure(
-    frame: nn.Module,  # has .scores(reference, text, pictures)
+    frame: Any,  # has .scores(reference, text, pictures)
     embedded: Embedded | list[Embedded],
-    dataset: CIRR | FashionIQ | list[FashionIQ],  # what was embedded
+    dataset: Triplets | list[Triplets],  # what was embedded
 ) -> Result:  # with `.ranks`
     "Rank every query and summarise; tied pictures count as the mean over their orders."
     parts, tables = [], []
@@ -662,10 +664,10 @@ def measure(
         )
     return result
 
-# %% ../nbs/method/09_retrieval.ipynb #1ff1f036
+# %% ../nbs/method/09_retrieval.ipynb #024a8ef2
 def image_only(
     embedded: Embedded,  # of the data set
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
 ) -> Result:
     "Ranks by similarity to the reference picture; the text is not used."
     pictures = embedded.gallery[dataset.references]
@@ -674,19 +676,19 @@ def image_only(
 
 def text_only(
     embedded: Embedded,  # of the data set
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
 ) -> Result:
     "Ranks by the text feature; the reference is not used."
     return measure(Sum(), embedded._replace(reference=torch.zeros_like(embedded.reference)), dataset)
 
-# %% ../nbs/method/09_retrieval.ipynb #3a697280
+# %% ../nbs/method/09_retrieval.ipynb #bf80715c
 def evaluate(
-    model: nn.Module,  # CaLa, or a module with .frame, .tokens, .embed_gallery and .embed_queries
-    dataset: CIRR | FashionIQ | list[FashionIQ],  # or a list of FashionIQ's categories
+    model: Any,  # CaLa, or a module with .frame, .tokens, .embed_gallery and .embed_queries
+    dataset: Triplets | list[Triplets],  # or a list of FashionIQ's categories
     **options: Any,  # batch_size, device, workers, keep and progress of `embed`
 ) -> Result:  # with `.ranks`
     "Embed, rank and summarise."
     datasets = as_list(dataset)
     for each in datasets:
-        check_targets(each)
+        read_targets(each)
     return measure(model.frame, [embed(model, each, **options) for each in datasets], datasets)

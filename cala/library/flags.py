@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CalaError
 from ..recipe import CACHE_DTYPES
@@ -26,19 +27,21 @@ SOURCES = {
 class ModelFlags:
     "Which model."
 
-    checkpoint: str = None  # folder that cala-train wrote (best or last)
-    combining_function: str = None  # sum, artemis or combiner; None: the checkpoint's, or sum
-    combiner_path: str = None  # weights of Combiner or ARTEMIS: the released program's file, or a checkpoint folder
-    projection_dim: int = None  # Combiner: checked against its file; may be left out
-    hidden_dim: int = None  # Combiner: checked against its file; may be left out
-    clip_model_name: str = None  # open_clip model; RN50x4 for --clip-model-path alone
-    clip_model_path: str = None  # fine-tuned CLIP weights
-    blip2_textual_path: str = None  # BLIP-2: E_c, the released program's file or a checkpoint folder
-    blip2_multimodal_path: str = None  # BLIP-2: E_m, likewise
-    blip2_visual_path: str = None  # BLIP-2: E_t, likewise
-    backbone_weights: str = None  # where this machine keeps the published weights
-    tokenizer: str = None  # BLIP-2: folder or vocab.txt of bert-base-uncased
-    random_weights: str = None  # small or full: random backbone, for tests and lessons
+    checkpoint: str | None = None  # folder that cala-train wrote (best or last)
+    combining_function: str | None = None  # sum, artemis or combiner; None: the checkpoint's, or sum
+    combiner_path: str | None = (
+        None  # weights of Combiner or ARTEMIS: the released program's file, or a checkpoint folder
+    )
+    projection_dim: int | None = None  # Combiner: checked against its file; may be left out
+    hidden_dim: int | None = None  # Combiner: checked against its file; may be left out
+    clip_model_name: str | None = None  # open_clip model; RN50x4 for --clip-model-path alone
+    clip_model_path: str | None = None  # fine-tuned CLIP weights
+    blip2_textual_path: str | None = None  # BLIP-2: E_c, the released program's file or a checkpoint folder
+    blip2_multimodal_path: str | None = None  # BLIP-2: E_m, likewise
+    blip2_visual_path: str | None = None  # BLIP-2: E_t, likewise
+    backbone_weights: str | None = None  # where this machine keeps the published weights
+    tokenizer: str | None = None  # BLIP-2: folder or vocab.txt of bert-base-uncased
+    random_weights: str | None = None  # small or full: random backbone, for tests and lessons
 
 
 @dataclass
@@ -46,14 +49,14 @@ class DataFlags(ModelFlags):
     "Which model, and how pictures are read."
 
     data_root: str = "."  # folder that holds cirr_dataset or fashionIQ_dataset
-    transform: str = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
-    target_ratio: float = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
+    transform: str | None = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
+    target_ratio: float | None = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
     batch_size: int = 64  # pictures, or queries, at a time
     num_workers: int = 0  # processes that decode pictures
-    device: str = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
+    device: str | None = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
     precision: str = "no"  # no (float32), bf16 or fp16
     cache: str = "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
-    cache_dir: str = None  # where caches are; None: .cala_cache in the data root
+    cache_dir: str | None = None  # where caches are; None: .cala_cache in the data root
     cache_dtype: str = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
 
 
@@ -83,7 +86,7 @@ def find_source(
 
 
 def check_data_flags(
-    flags: DataFlags,
+    flags: Any,  # DataFlags, or others with most of its fields
 ):
     "Raise `CalaError` for an impossible value."
     for name in ("batch_size", "target_ratio"):
@@ -101,7 +104,7 @@ def check_data_flags(
 class CombinerRecipe(DataFlags):
     "Train the Combiner on the frozen features of a model."
 
-    dataset: str = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
+    dataset: str | None = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
     protocol: str = "original"  # FashionIQ's validation gallery: original or val
     categories: str = "dress,shirt,toptee"  # FashionIQ: which, separated by commas
     allow_missing: bool = False  # continue although pictures are missing; every result says how many
@@ -112,7 +115,7 @@ class CombinerRecipe(DataFlags):
     weight_decay: float = 0.0  # AdamW's; 0 is Adam
     seed: int = 0  # of weights, order and dropout
     validation_frequency: int = 1  # validate every so many epochs
-    output: str = None  # an empty folder or a new one; None: runs/<dataset>-combiner
+    output: str | None = None  # an empty folder or a new one; None: runs/<dataset>-combiner
 
 
 COMBINER_MINIMUM = {"num_epochs": 1, "feature_batch": 1, "validation_frequency": 1, "weight_decay": 0, "seed": 0}
@@ -149,8 +152,8 @@ class Ablation:
     worlds: str = "cirr,fashioniq"  # drawn data sets of the table
     seeds: int = 5  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
-    workers: int = None  # processes of one torch thread each; None: one a core
-    compare: str = None  # a CSV of other runs that the paired differences must agree with
+    workers: int | None = None  # processes of one torch thread each; None: one a core
+    compare: str | None = None  # a CSV of other runs that the paired differences must agree with
 
     def __post_init__(self):
         self.parts = split_choices("--parts", self.parts, ABLATION_PARTS)

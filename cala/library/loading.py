@@ -6,7 +6,9 @@ program or a checkpoint folder of cala.
 """
 
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -15,8 +17,7 @@ from torch import nn
 
 from ..composition import frames
 from ..composition import make_frame
-from ..data import CIRR
-from ..data import FashionIQ
+from ..data import Triplets
 from ..encoders import Backbone
 from ..encoders import make_backbone
 from ..errors import CalaError
@@ -38,6 +39,8 @@ from .flags import ModelFlags
 from .flags import check_data_flags
 from .flags import find_source
 from .released import load_released
+
+Flags = TypeVar("Flags", bound=ModelFlags)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
@@ -188,7 +191,7 @@ def read_frame(
         return load_released(path).eval()
     weights = read_tensors(path, "frame.")
     config = read_recipe(find_weights(path).parent)["model"]
-    frame = make_frame(config["cir_frame"], feature_width(weights), **config["frame_options"] or {})
+    frame = make_frame(config["cir_frame"], feature_width(weights) or 0, **config["frame_options"] or {})
     frame.load_state_dict(weights)
     return frame.eval()
 
@@ -204,25 +207,25 @@ def feature_width(
 
 
 def load_frame(
-    source: FrameSource,  # with a path
+    path: str | Path,  # the released program's file, or a checkpoint folder
+    name: str,  # artemis or combiner
     dim: int,  # d of the model
 ) -> nn.Module:
     "The frame of a file, which must be the one that the flags name, of the model's width."
-    frame = read_frame(source.path)
+    frame = read_frame(path)
     kind = type(frame).__name__
-    if kind.lower() != source.name:
-        raise CalaError(f"{source.path} holds a {kind}, and --combining-function is {source.name}")
+    if kind.lower() != name:
+        raise CalaError(f"{path} holds a {kind}, and --combining-function is {name}")
     width = feature_width(frame.state_dict())
     if width != dim:
         raise CalaError(
-            f"{source.path} is for features of width {width}, this model's have {dim}; "
-            "give the one that was trained on it"
+            f"{path} is for features of width {width}, this model's have {dim}; give the one that was trained on it"
         )
     return frame
 
 
 def check_widths(
-    frame: nn.Module,
+    frame: Any,  # the model's
     flags: ModelFlags,
 ):
     "--projection-dim and --hidden-dim must be those of a Combiner; other frames have none, and the flags are not read."
@@ -266,7 +269,7 @@ def build_model(
 ) -> CaLa:  # in evaluation mode, without the associations
     "The model that the flags name."
     source = find_source(flags)
-    if source == "checkpoint":
+    if flags.checkpoint:
         published = dict(weights=flags.backbone_weights, tokenizer=flags.tokenizer)
         given = {name: value for name, value in published.items() if value}  # the others are in its recipe
         model = load_checkpoint(flags.checkpoint, **given)
@@ -275,9 +278,9 @@ def build_model(
     if source == "blip2":
         for role, name in BLIP2_ROLES.items():
             load_role(model.backbone, role, getattr(flags, name))
-    frame = find_frame(flags, own=model.config["cir_frame"])
+    frame = find_frame(flags, own=str(model.config["cir_frame"]))
     if frame.path:
-        model.frame = load_frame(frame, model.backbone.dim)
+        model.frame = load_frame(frame.path, frame.name, model.backbone.dim)
     elif frame.name != model.config["cir_frame"]:
         model.frame = make_frame(frame.name, model.backbone.dim)
     model.config["cir_frame"] = frame.name
@@ -289,18 +292,29 @@ def build_model(
 
 
 def fill_flags(
-    flags: DataFlags,  # or other flags with some of its fields; changed in place
-) -> DataFlags:
+    flags: Flags,  # DataFlags, or others with most of its fields; changed in place
+) -> Flags:
     "Give flags that were left out the value of the checkpoint's recipe, or the released program's default; check all."
     recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
     for name, default in defaults.items():
         if hasattr(flags, name) and getattr(flags, name) is None:
             setattr(flags, name, recipe.get(name) or default)
-    if hasattr(flags, "protocol"):
-        flags.protocol = flags.protocol.lower()
-    check_data_flags(flags)
+    given: Any = flags
+    if hasattr(given, "protocol"):
+        given.protocol = given.protocol.lower()
+    check_data_flags(given)
     return flags
+
+
+def set_transform(
+    dataset: Triplets,  # CIRR or FashionIQ; changed in place
+    model: CaLa,
+    flags: DataFlags,  # from `fill_flags`
+):
+    "Let a data set read pictures as the flags say and the model's backbone needs them."
+    kind, ratio = flags.transform or "targetpad", flags.target_ratio or 1.25
+    dataset.gallery.transform = model.backbone.transform(kind, ratio)
 
 
 def find_device(
@@ -321,7 +335,7 @@ def find_device(
 
 def embed_dataset(
     model: CaLa,
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
     flags: DataFlags,  # batch_size, num_workers, device, precision and the cache
 ) -> Embedded:  # float32
     "`embed`, on the device, in the precision and with the cache of the flags."

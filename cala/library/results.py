@@ -4,14 +4,13 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from .. import __version__
-from ..data import CIRR
-from ..data import FashionIQ
+from ..data import Triplets
 from ..model import CaLa
 from ..retrieval import Embedded
 from ..retrieval import Result
@@ -30,9 +29,9 @@ RESULT_FILES = ("result.json", "result.csv", "ranks.csv")
 
 
 def measure_rows(
-    frame: nn.Module,  # the model's
+    frame: Any,  # the model's
     embedded: Embedded,  # by the model
-    dataset: CIRR | FashionIQ,
+    dataset: Triplets,  # CIRR or FashionIQ
     name: str,  # of the model's row
 ) -> dict[str, Result]:  # by the name of the row
     "Three baselines, which a composition has to beat, and the model."
@@ -145,4 +144,6 @@ def write_results(
     rows.loc[model, "recipe"] = json.dumps(about["recipe"] or about["flags"], default=str)
     write_atomically(folder / "result.json", json.dumps(content, indent=1, default=str).encode())
     write_atomically(folder / "result.csv", rows.to_csv().encode())
-    write_atomically(folder / "ranks.csv", results[model].ranks.to_csv(index=False).encode())
+    ranks = results[model].ranks
+    if ranks is not None:
+        write_atomically(folder / "ranks.csv", ranks.to_csv(index=False).encode())

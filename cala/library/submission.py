@@ -9,10 +9,11 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-
+from ..annotations import Triplet
 from ..data import CIRR
+from ..data import Triplets
 from ..errors import CalaError
 from ..retrieval import Embedded
 from .files import write_atomically
@@ -24,10 +25,10 @@ SUBMISSION_BYTES = 5_000_000  # the server takes no more
 
 
 def check_submittable(
-    dataset: CIRR,  # usually the split test1
+    dataset: Triplets,  # usually the split test1 of CIRR
 ) -> CIRR:  # the same
     "Raise `CalaError` unless each query has 50 pictures to name and a group of which three are named."
-    if dataset.name != "CIRR" or dataset.groups is None:
+    if not isinstance(dataset, CIRR) or dataset.groups is None:
         name = f"{dataset.name} {dataset.split}"
         raise CalaError(f"only CIRR with whole groups of six has a submission, not {name}; cala-check lists faults")
     if len(dataset.gallery) <= 50:
@@ -48,14 +49,14 @@ def make_submission(
 ) -> dict:
     "The content of one file: the names of the best pictures, by pair id."
     names = dataset.gallery.names
-    content = dict(version="rc2", metric=metric)
+    content: dict[str, Any] = dict(version="rc2", metric=metric)
     for triplet, positions in zip(dataset.triplets, best.positions.tolist()):
         content[triplet.pair_id] = [names[position] for position in positions]
     return content
 
 
 def write_cirr_submission(
-    frame: nn.Module,  # has .scores(reference, text, pictures)
+    frame: Any,  # has .scores(reference, text, pictures)
     embedded: Embedded,  # of the data set
     dataset: CIRR,  # usually the split test1
     folder: str | Path,  # made if it does not exist
@@ -76,7 +77,7 @@ def write_cirr_submission(
         content = make_submission(metric, best[metric], dataset)
         write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
         paths.append(check_cirr_submission(path, dataset))
-    return tuple(paths)
+    return paths[0], paths[1]
 
 
 # Checking
@@ -148,7 +149,7 @@ def read_submission(
 
 def answer_fault(
     answer: list,  # names, if it is right
-    triplet: object,  # has .reference and .group
+    triplet: Triplet,
     metric: str,  # recall or recall_subset
     names: set[str],  # of the split
 ) -> str:  # "" if the answer is right

@@ -14,7 +14,7 @@ from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
 
-# %% ../../nbs/commands/cirr_submission.ipynb #7435e4e4
+# %% ../../nbs/commands/cirr_submission.ipynb #e893bab8
 FILES = "recall_submission_*.json", "recall_subset_submission_*.json", "*_facts.json"
 
 
@@ -49,7 +49,7 @@ def main(
     folder = check_output_folder(flags.output, FILES)
     model = loading.build_model(flags)
     make_output_folder(folder)
-    data.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
+    loading.set_transform(data, model, flags)
     embedded = loading.embed_dataset(model, data, flags)
     paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name)
     facts = json.dumps(describe_run(flags, model), indent=1, default=str)

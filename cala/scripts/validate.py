@@ -13,12 +13,12 @@ from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
 
-# %% ../../nbs/commands/validate.ipynb #5d4d3a27
+# %% ../../nbs/commands/validate.ipynb #b4bcae86
 @dataclass
 class Validation(DataFlags):
     "Measure a model on the validation split of CIRR or FashionIQ."
 
-    dataset: str = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
+    dataset: str | None = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
     protocol: str = "original"  # FashionIQ's gallery: original (the split file) or val (references and targets)
     categories: str = "dress,shirt,toptee"  # FashionIQ: which, separated by commas
     allow_missing: bool = False  # go on although pictures are missing; every result says how many
@@ -48,9 +48,9 @@ def main(
     folder = check_output_folder(flags.output, results.RESULT_FILES)
     model = loading.build_model(flags)
     make_output_folder(folder)
-    data.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
+    loading.set_transform(data, model, flags)
     embedded = loading.embed_dataset(model, data, flags)
-    rows = results.measure_rows(model.frame, embedded, data, model.config["cir_frame"])
+    rows = results.measure_rows(model.frame, embedded, data, str(model.config["cir_frame"]))
     about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
     results.write_results(folder, rows, about)
     *_, result = rows.values()
