@@ -1,6 +1,8 @@
 "LAVIS without network, for the tests that compare with it."
+
 import importlib.util
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,19 +10,27 @@ import pytest
 import torch
 from torch import nn
 
-needs_lavis = pytest.mark.skipif(not importlib.util.find_spec("lavis"), reason="compares with salesforce-lavis, which is not installed (it needs Python below 3.12)")
+needs_lavis = pytest.mark.skipif(
+    not importlib.util.find_spec("lavis"),
+    reason="compares with salesforce-lavis, which is not installed (it needs Python below 3.12)",
+)
 
-VOCABULARY = """[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the a and make remove move red blue green star circle square two three larger smaller
-    dress shirt sleeve ##s ##less ##er long short is more less with . , ! ? ' - added in of to it un ##able cafe 在 " ( ) [ ] 3 d ##ec ##c""".split()
+VOCABULARY = """
+    [PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the a and make remove move red blue green star circle square two three
+    larger smaller dress shirt sleeve ##s ##less ##er long short is more less with . , ! ? ' - added in of to it un
+    ##able cafe 在 " ( ) [ ] 3 d ##ec ##c
+""".split()
 
 
 class Stub(nn.Module):
     "Stands for the vision trunk and costs nothing: a picture (B, 3, 4, 4) becomes 17 tokens of `width` numbers."
+
     def __init__(self, width):
         super().__init__()
         self.num_features, self.project = width, nn.Linear(48, 17 * width)
 
-    def forward(self, images): return self.project(images.flatten(1)).unflatten(1, (17, self.num_features))
+    def forward(self, images):
+        return self.project(images.flatten(1)).unflatten(1, (17, self.num_features))
 
 
 def write_vocabulary(folder):
@@ -32,49 +42,69 @@ def write_vocabulary(folder):
 
 @contextmanager
 def offline_lavis(folder, **sizes):
-    """LAVIS's six ways to the network, led to `folder`: bert-base-uncased's tokenizer, configuration and weights (random), both trunks' files, the checkpoint.
+    """LAVIS reads its files from `folder`, where it would use the network.
 
-    `sizes` are those of BERT's configuration, full if left out."""
-    from lavis.models import clip_vit, eva_vit
+    These are bert-base-uncased's tokenizer, configuration and weights (random), the files of both trunks, and the
+    checkpoint. `sizes` are those of BERT's configuration, full if left out.
+    """
+    from lavis.models import clip_vit
+    from lavis.models import eva_vit
     from lavis.models.blip2_models import blip2
 
     tokenizer = blip2.BertTokenizer(str(write_vocabulary(folder)))
     config = blip2.BertConfig(vocab_size=len(VOCABULARY), **sizes)
-    kept = lambda url, **options: str(Path(folder) / url.rsplit("/", 1)[-1])
+
+    def find_in_folder(url, **options):
+        return str(Path(folder) / url.rsplit("/", 1)[-1])
+
     with ExitStack() as stack:
-        for place, name, stand_in in [(blip2.BertTokenizer, "from_pretrained", lambda name: tokenizer), (blip2.BertConfig, "from_pretrained", lambda name: config),
-                                      (blip2.BertLMHeadModel, "from_pretrained", lambda name, config: blip2.BertLMHeadModel(config)),
-                                      (clip_vit, "download_cached_file", kept), (eva_vit, "download_cached_file", kept), (blip2, "download_cached_file", kept)]:
+        for place, name, stand_in in [
+            (blip2.BertTokenizer, "from_pretrained", lambda name: tokenizer),
+            (blip2.BertConfig, "from_pretrained", lambda name: config),
+            (blip2.BertLMHeadModel, "from_pretrained", lambda name, config: blip2.BertLMHeadModel(config)),
+            (clip_vit, "download_cached_file", find_in_folder),
+            (eva_vit, "download_cached_file", find_in_folder),
+            (blip2, "download_cached_file", find_in_folder),
+        ]:
             stack.enter_context(patch.object(place, name, stand_in))
         yield
 
 
 def lavis_model(folder, trunk=None, seed=0, vit_model="clip_L", **sizes):
-    "LAVIS's Blip2Qformer as `pretrain_vitL` builds it (with eva_clip_g: as `pretrain` does), every tensor random; `trunk` replaces the vision module."
+    """LAVIS's Blip2Qformer as `pretrain_vitL` builds it (with eva_clip_g: as `pretrain` does), every tensor random.
+
+    `trunk` replaces the vision module.
+    """
     from lavis.models.blip2_models import blip2
     from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 
     torch.manual_seed(seed)
-    for name in ("clip_vit_L.pth", "eva_vit_g.pth"): torch.save({}, Path(folder) / name)  # LAVIS takes what is in it, and here nothing is
+    for name in ("clip_vit_L.pth", "eva_vit_g.pth"):
+        torch.save({}, Path(folder) / name)  # LAVIS takes what is in it, and here nothing is
     with offline_lavis(folder, **sizes), ExitStack() as stack:
         if trunk is not None:
             stand_in = classmethod(lambda cls, *args: (trunk, blip2.LayerNorm(trunk.num_features)))
             stack.enter_context(patch.object(blip2.Blip2Base, "init_vision_encoder", stand_in))
         model = Blip2Qformer(vit_model=vit_model, vit_precision="fp32")
     for name, parameter in model.named_parameters():  # biases and normalisations too, so that none can hide
-        if name.startswith("visual_encoder.") and trunk is not None: continue
-        if parameter.ndim < 2: torch.nn.init.normal_(parameter, mean=1. if ("orm" in name or "ln_" in name) and "weight" in name else 0., std=0.1)
+        if name.startswith("visual_encoder.") and trunk is not None:
+            continue
+        if parameter.ndim < 2:
+            torch.nn.init.normal_(
+                parameter, mean=1.0 if ("orm" in name or "ln_" in name) and "weight" in name else 0.0, std=0.1
+            )
     return model.eval()
 
 
 def features(model, mode, images=None, captions=None):
     "LAVIS's embeddings (B, L, d), with their gradients."
-    said = type(model).extract_features.__wrapped__(model, {"image": images, "text_input": captions}, mode=mode)
-    return getattr(said, f"{mode}_embeds")
+    output = type(model).extract_features.__wrapped__(model, {"image": images, "text_input": captions}, mode=mode)
+    return getattr(output, f"{mode}_embeds")
 
 
 def allow_float64(monkeypatch):
     "LAVIS casts to float32 in two places, which would end all digits after the seventh; within the test it does not."
     from lavis.models.blip2_models import blip2
+
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(blip2.LayerNorm, "forward", torch.nn.LayerNorm.forward)

@@ -64,7 +64,7 @@ def test_tokenizer_gives_the_numbers_of_lavis(tmp_path):
     with offline_lavis(tmp_path):
         from lavis.models.blip2_models.blip2 import Blip2Base
 
-        theirs = Blip2Base.init_tokenizer()
+        expected = Blip2Base.init_tokenizer()
     ours = WordPieces(tmp_path / "vocab.txt")
     captions = [
         *CAPTIONS,
@@ -79,10 +79,10 @@ def test_tokenizer_gives_the_numbers_of_lavis(tmp_path):
         "x" * 200,
     ]
     for batch in [captions, *[[caption] for caption in captions]]:
-        wanted = theirs(batch, return_tensors="pt", padding=True)
+        wanted = expected(batch, return_tensors="pt", padding=True)
         ids, mask = ours(batch)
         assert ids.tolist() == wanted.input_ids.tolist() and mask.tolist() == wanted.attention_mask.tolist()
-    assert len(ours) == len(theirs) == len(VOCABULARY) + 1 and ours.tool.token_to_id("[DEC]") == theirs.bos_token_id
+    assert len(ours) == len(expected) == len(VOCABULARY) + 1 and ours.tool.token_to_id("[DEC]") == expected.bos_token_id
 
 
 def test_a_caption_longer_than_bert_reads_is_cut(tmp_path):
@@ -98,15 +98,15 @@ def test_open_clip_tower_equals_the_clip_L_module_of_lavis():
     from lavis.models.clip_vit import VisionTransformer
 
     torch.manual_seed(0)
-    theirs = VisionTransformer(
+    expected = VisionTransformer(
         input_resolution=56, patch_size=14, width=64, layers=4, heads=2, use_grad_checkpointing=False
     ).eval()
-    for parameter in theirs.parameters():
+    for parameter in expected.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    ours = clip_tower(56, 64, layers=3, heads=2)  # LAVIS builds one block less than it is asked for
-    assert load_tower(ours, theirs.state_dict()) == []
+    ours = clip_tower(56, 64, layers=3, heads=2)  # LAVIS builds one block less than its argument says
+    assert load_tower(ours, expected.state_dict()) == []
     images = torch.randn(2, 3, 56, 56)
-    torch.testing.assert_close(FrozenTrunk(ours)(images), theirs(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(FrozenTrunk(ours)(images), expected(images), atol=1e-4, rtol=0)
 
 
 @needs_lavis
@@ -114,10 +114,10 @@ def test_the_published_tower_has_21_blocks():
     from lavis.models import clip_vit
 
     with torch.device("meta"):
-        theirs = clip_vit.VisionTransformer(224, 14, 1024, 22, 16, False)
+        expected = clip_vit.VisionTransformer(224, 14, 1024, 22, 16, False)
     with torch.device("meta"):
         ours = clip_tower()
-    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in expected.state_dict().items()}
     assert len(ours.transformer.resblocks) == 21
 
 
@@ -126,7 +126,7 @@ def test_the_published_tower_has_21_blocks():
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    "Files as published, from a random LAVIS model at full size with its ViT-L trunk, and what that model says of one picture."
+    "Published files of a random LAVIS model at full size with its ViT-L trunk, and its outputs for one picture."
     from lavis.models.eva_vit import convert_weights_to_fp16
 
     folder = tmp_path_factory.mktemp("full")
@@ -146,26 +146,26 @@ def full(tmp_path_factory):
     convert_weights_to_fp16(model.visual_encoder)  # as LAVIS does when it loads, and load_model takes it back on a CPU
     model.float()
     with torch.no_grad():
-        said = [
+        outputs = [
             model.visual_encoder(images),
             *(features(model, mode, images, CAPTIONS[:1]) for mode in ("image", "text", "multimodal")),
         ]
     del model, state
-    yield folder, images, said
+    yield folder, images, outputs
     for path in folder.iterdir():
         path.unlink()
 
 
-def same(own, theirs):
+def same(own, expected):
     "Tokens of a 21-block trunk at random weights are large, so their bound is relative; embeddings are normalised."
-    assert (own[0] - theirs[0]).abs().max() <= 1e-4 * theirs[0].abs().max()
-    for ours, wanted in zip(own[1:], theirs[1:]):
+    assert (own[0] - expected[0]).abs().max() <= 1e-4 * expected[0].abs().max()
+    for ours, wanted in zip(own[1:], expected[1:]):
         torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=0)
 
 
 @needs_lavis
 def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
-    folder, images, said = full
+    folder, images, outputs = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
     monkeypatch.setattr(blip2, "is_reachable", lambda url: True)
     monkeypatch.setattr(blip2, "find_file", lambda place, *rest: folder / place.rsplit("/", 1)[-1])
@@ -179,17 +179,17 @@ def test_whole_model_through_lavis_equals_lavis(full, monkeypatch):
         len({id(backbone.trunk), *map(id, (backbone.textual, backbone.multimodal, backbone.visual))}) == 4
         and backbone.dim == 768
     )
-    same(say(backbone, images, CAPTIONS[:1]), said)
+    same(say(backbone, images, CAPTIONS[:1]), outputs)
 
 
 @needs_lavis
 def test_whole_model_without_lavis_equals_lavis(full, monkeypatch):
-    folder, images, said = full
+    folder, images, outputs = full
     monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=dict(vocabulary=len(VOCABULARY) + 1), trunk={})})
     monkeypatch.setattr(blip2, "import_lavis", lambda: None)
     backbone = make_backbone("blip2", weights=str(folder), tokenizer=str(folder))
     assert not backbone.save_trunk and backbone.config["weights"] == str(folder)
-    same(say(backbone, images, CAPTIONS[:1]), said)
+    same(say(backbone, images, CAPTIONS[:1]), outputs)
 
 
 @needs_lavis
@@ -215,7 +215,7 @@ def test_vit_g_comes_through_lavis_and_equals_lavis(tmp_path, monkeypatch):
     eva_vit.convert_weights_to_fp16(model.visual_encoder)
     model.float()
     with torch.no_grad():
-        said = [
+        outputs = [
             model.visual_encoder(images),
             *(features(model, mode, images, CAPTIONS[:2]) for mode in ("image", "text", "multimodal")),
         ]
@@ -228,15 +228,15 @@ def test_vit_g_comes_through_lavis_and_equals_lavis(tmp_path, monkeypatch):
     monkeypatch.setattr(blip2, "find_file", lambda place, *rest: tmp_path / place.rsplit("/", 1)[-1])
     with offline_lavis(tmp_path, **SMALL):
         backbone = make_backbone("blip2", model_name="pretrain")
-    assert type(backbone.trunk.module).__module__ == "lavis.models.eva_vit" and said[0].shape == (2, 257, 1408)
-    same(say(backbone, images, CAPTIONS[:2]), said)
+    assert type(backbone.trunk.module).__module__ == "lavis.models.eva_vit" and outputs[0].shape == (2, 257, 1408)
+    same(say(backbone, images, CAPTIONS[:2]), outputs)
 
 
 # One step of the released procedure
 
 
 def released_step(textual, multimodal, visual, hca, tac, reference, captions, target):
-    "Four calls of three LAVIS models, then TAC, HCA and the mixed loss, written out as the paper's program computes them."
+    "Four calls of three LAVIS models, then TAC, HCA and the mixed loss, as the released program computes them."
     F_c, F_r = features(textual, "text", captions=captions), features(multimodal, "multimodal", reference, captions)
     F_t, F_r_alone = features(visual, "image", target), features(visual, "image", reference)
     z_qtm = 100 * F.normalize(F_r[:, 0] + F_c[:, 0], dim=-1) @ F.normalize(F_t[:, 0], dim=-1).T
@@ -252,8 +252,8 @@ def step(tmp_path):
     three = [lavis_model(tmp_path, deepcopy(trunk), seed, **SMALL) for seed in (1, 2, 3)]
     qformer = QFormer(width=64, layers=3, heads=4, vision_width=64, vocabulary=len(VOCABULARY) + 1)
     backbone = blip2.Blip2(FrozenTrunk(trunk), qformer, WordPieces(tmp_path / "vocab.txt"), 4, {})
-    for role, theirs in zip(ROLES, three):
-        load_lavis_state(getattr(backbone, role), theirs.state_dict())
+    for role, expected in zip(ROLES, three):
+        load_lavis_state(getattr(backbone, role), expected.state_dict())
     backbone.fine_tune("both")
     return three, CaLa(backbone).eval(), *torch.randn(2, 4, 3, 4, 4)
 
@@ -265,9 +265,9 @@ ROLES = "textual", "multimodal", "visual"
 def test_released_step_with_three_lavis_models_has_the_loss_of_ours_with_one_trunk(step):
     three, model, reference, target = step
     with torch.no_grad():
-        theirs = released_step(*three, model.hca, model.tac, reference, CAPTIONS, target)
-        torch.testing.assert_close(model(reference, CAPTIONS, target).total, theirs, atol=1e-4, rtol=0)
-        assert abs(theirs - torch.tensor(4.0).log()) > 0.5  # log 4 is what features that say nothing would give
+        expected = released_step(*three, model.hca, model.tac, reference, CAPTIONS, target)
+        torch.testing.assert_close(model(reference, CAPTIONS, target).total, expected, atol=1e-4, rtol=0)
+        assert abs(expected - torch.tensor(4.0).log()) > 0.5  # log 4 is what features that say nothing would give
 
 
 @needs_lavis
@@ -280,13 +280,13 @@ def test_released_step_with_three_lavis_models_has_the_gradients_of_ours_in_floa
         reference.double(),
         target.double(),
     )
-    ours, theirs = (
+    ours, expected = (
         model(reference, CAPTIONS, target).total,
         released_step(*three, model.hca, model.tac, reference, CAPTIONS, target),
     )
-    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     ours.backward()
-    theirs.backward()
+    expected.backward()
     for role, lavis in zip(ROLES, three):
         wanted = dict(lavis.named_parameters())
         for name, parameter in getattr(model.backbone, role).named_parameters():
@@ -324,12 +324,18 @@ def test_full_size_trains_what_the_table_says():
         for mode in ("both", "multi", "text")
         if backbone.fine_tune(mode)
     }
-    linear, d, w = lambda a, b: a * b + b, 768, 1024
+    d, w = 768, 1024
+
+    def linear(inputs, outputs):
+        return inputs * outputs + outputs
+
+    def look(source):
+        return 2 * linear(d, d) + 2 * linear(source, d) + 2 * d
+
     words, feed_forward = (30523 + 512) * d, linear(d, 4 * d) + linear(4 * d, d) + 2 * d
-    look = lambda source: 2 * linear(d, d) + 2 * linear(source, d) + 2 * d
     text = words + 2 * d + 12 * (look(d) + feed_forward)
     image = 32 * d + 2 * d + 12 * (look(d) + feed_forward) + 6 * look(w)
-    multimodal = 32 * d + text + 12 * feed_forward + 6 * look(w) - feed_forward  # nobody reads the last layer's words
+    multimodal = 32 * d + text + 12 * feed_forward + 6 * look(w) - feed_forward  # the last layer's words are not read
     assert sizes == dict(both=text + multimodal + image, multi=text + multimodal, text=text)
 
 
@@ -395,7 +401,7 @@ def test_a_checkpoint_finds_the_published_files_where_they_were_or_where_the_fla
         assert list(named) == [
             "checkpoint",
             *["backbone_weights/blip2_pretrained_vitL.pth", "backbone_weights/clip_vit_L.pth"] * moved,
-        ] and all(len(one["sha256"]) == 64 for one in named.values())
+        ] and all(len(file["sha256"]) == 64 for file in named.values())
     with pytest.raises(CalaError, match="--backbone-weights"):
         build_model(ModelFlags(checkpoint=folder / "best"))
 
@@ -432,14 +438,14 @@ def test_no_network_names_file_url_and_flag(published):
         ("blip2_pretrained_vitL.pth", "--backbone-weights", {}),
         ("vocab.txt", "--tokenizer", dict(weights=str(folder), tokenizer="nowhere")),
     ]:
-        with pytest.raises(CalaError) as said:
+        with pytest.raises(CalaError) as raised:
             make_backbone("blip2", **options)
-        line = str(said.value)
+        line = str(raised.value)
         assert name in line and f"/{name}" in line and "https://" in line and flag in line and "\n" not in line
     for options in ({}, dict(weights="nowhere.pth")):  # all three files in the first line
         with pytest.raises(
             CalaError,
-            match="blip2_pretrained_vitL.pth is missing .*clip_vit_L.pth from there and BERT's vocab.txt beside it",
+            match="blip2_pretrained_vitL.pth is missing .*clip_vit_L.pth from there and BERT's vocab.txt next to it",
         ):
             make_backbone("blip2", **options)
 
@@ -524,8 +530,8 @@ def test_random_weights_come_only_by_flag_and_say_so(published, capsys):
     backbone = make_backbone("blip2", random_weights="small")
     assert "RANDOM WEIGHTS (small)" in capsys.readouterr().err and backbone.save_trunk
     again, images = make_backbone(**backbone.config), torch.randn(2, 3, 56, 56)
-    for one, two in zip(say(backbone, images, CAPTIONS[:2]), say(again, images, CAPTIONS[:2])):
-        assert torch.equal(one, two)
+    for first, second in zip(say(backbone, images, CAPTIONS[:2]), say(again, images, CAPTIONS[:2])):
+        assert torch.equal(first, second)
     with pytest.raises(CalaError, match="is missing"):
         make_backbone("blip2")
 

@@ -48,7 +48,8 @@ def shaken(model):
     "The model with every norm and bias random: fresh ResNets have dead residual branches and norms that do nothing."
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -1, 1), nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.2 if name.endswith("weight") else -0.5, 0.8)
@@ -268,7 +269,10 @@ def test_a_mode_trains_exactly_the_tensors_of_its_parts_and_a_step_of_cala_reach
 def test_full_size_trains_what_the_table_says():
     with torch.device("meta"):
         model = open_clip.model.CLIP(**find_architecture("RN50x4"))
-    count = lambda module: sum(p.numel() for p in module.parameters())
+
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
     head, total = count(model.visual.attnpool), count(model.visual)
     text = count(model) - total - 1  # the temperature goes
     assert (total - head, head, text) == (65_619_640, 21_517_440, 91_163_520)
@@ -285,8 +289,8 @@ def test_clip_transform_is_open_clips_at_its_resolution_and_the_pads_use_its_sta
     backbone = small()
     backbone.size, backbone.preprocess = size, dict(backbone.preprocess, **record)
     picture = Image.effect_noise(shape, 90).convert("RGB")
-    theirs = open_clip.image_transform(size, is_train=False, **record)
-    torch.testing.assert_close(backbone.transform("clip")(picture), theirs(picture), atol=1e-6, rtol=1e-6)
+    expected = open_clip.image_transform(size, is_train=False, **record)
+    torch.testing.assert_close(backbone.transform("clip")(picture), expected(picture), atol=1e-6, rtol=1e-6)
     assert torch.equal(
         backbone.transform("targetpad", 1.25)(picture),
         image_transform("targetpad", size, 1.25, tag["mean"], tag["std"])(picture),
@@ -311,7 +315,7 @@ def test_a_model_takes_its_resolution_and_statistics_from_open_clip():
 
 @pytest.fixture
 def tuned(tmp_path):
-    "A small model in each form that people have: CLIP4Cir's, plain, data-parallel with an optimizer's step, safetensors."
+    "A small model in each form of file: CLIP4Cir's, plain, data-parallel with an optimizer's step, safetensors."
     model, architecture = library("RN50x4", quick_gelu=True)
     state = model.state_dict()
     torch.save({"epoch": 12, "CLIP": state}, tmp_path / "tuned_clip_best.pt")
@@ -345,17 +349,17 @@ def test_weights_of_another_model_are_one_line_with_the_flag(tuned):
     for other in (shrink(find_architecture("ViT-B-32")), dict(architecture, embed_dim=32)):
         name = "ViT-B-32" if other["vision_cfg"].get("patch_size") else "RN50x4"
         for file in ("tuned_clip_best.pt", "plain.pt", "open_clip_model.safetensors"):
-            with pytest.raises(CalaError, match="--model-name") as said:
+            with pytest.raises(CalaError, match="--model-name") as raised:
                 make_backbone("clip", model_name=name, weights=folder / file, architecture=other)
-            assert "\n" not in str(said.value) and file in str(said.value)
+            assert "\n" not in str(raised.value) and file in str(raised.value)
 
 
 @pytest.mark.parametrize("form", BOMBS)
 def test_a_file_that_would_execute_code_is_refused(tmp_path, form):
     BOMBS[form](Bomb(tmp_path / "exploded"), tmp_path / "weights.pt", "CLIP")
-    with pytest.raises(CalaError) as said:
+    with pytest.raises(CalaError) as raised:
         make_backbone("clip", weights=tmp_path / "weights.pt", architecture=shrink(find_architecture("RN50x4")))
-    assert "weights.pt" in str(said.value) and "\n" not in str(said.value) and not (tmp_path / "exploded").exists()
+    assert "weights.pt" in str(raised.value) and "\n" not in str(raised.value) and not (tmp_path / "exploded").exists()
 
 
 def saved(content):
@@ -384,9 +388,9 @@ def saved(content):
 )
 def test_a_file_that_is_something_else_is_one_line_with_its_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CalaError) as said:
+    with pytest.raises(CalaError) as raised:
         make_backbone("clip", weights=tmp_path / name, architecture=shrink(find_architecture("RN50x4")))
-    assert name in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 600
+    assert name in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 600
 
 
 def test_a_missing_file_and_openais_own_archive_are_one_line(tmp_path):
@@ -407,8 +411,8 @@ def test_no_network_names_page_file_and_flag_at_once(monkeypatch):
 
     monkeypatch.setattr(room, "find_cached", lambda tag: None)
     monkeypatch.setattr(weights, "urlopen", no_network)
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda *args: pytest.fail("the hub's client was asked"))
-    with pytest.raises(CalaError) as said:
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *args: pytest.fail("the Hub's client was called"))
+    with pytest.raises(CalaError) as raised:
         make_backbone("clip")
     for part in (
         "RN50x4",
@@ -418,8 +422,8 @@ def test_no_network_names_page_file_and_flag_at_once(monkeypatch):
         "--backbone-weights",
         "--model-name",
     ):
-        assert part in str(said.value)
-    assert "\n" not in str(said.value)
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_download_that_breaks_off_is_the_same_line(monkeypatch):
@@ -440,7 +444,7 @@ def test_a_file_fetched_before_needs_no_network(monkeypatch, tuned):
         "try_to_load_from_cache",
         lambda repo, name: str(folder / name) if name == "open_clip_model.safetensors" else None,
     )
-    monkeypatch.setattr(weights, "urlopen", lambda *args, **options: pytest.fail("the network was asked"))
+    monkeypatch.setattr(weights, "urlopen", lambda *args, **options: pytest.fail("the network was used"))
     monkeypatch.setattr(room, "find_architecture", lambda name: dict(architecture, quick_gelu=False))
     backbone, images = make_backbone("clip"), torch.randn(1, 3, 96, 96)
     assert backbone.config["architecture"]["quick_gelu"] is True  # the openai tag's, though the name has plain GELU
@@ -477,9 +481,9 @@ def test_a_tag_stands_behind_a_colon_and_an_unknown_one_is_answered_with_the_kno
     ],
 )
 def test_a_wrong_option_is_one_line(options, says):
-    with pytest.raises(CalaError) as said:
+    with pytest.raises(CalaError) as raised:
         make_backbone("clip", **options)
-    assert says in str(said.value) and "\n" not in str(said.value)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_random_weights_come_only_by_flag_say_so_and_repeat_by_seed(capfd):

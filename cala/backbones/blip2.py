@@ -177,7 +177,7 @@ class HashedWords:
         ids = nn.utils.rnn.pad_sequence([self.encode(caption) for caption in captions], batch_first=True)
         return ids, (ids > 0).long()
 
-# %% ../../nbs/backbones/blip2.ipynb #cce01b07
+# %% ../../nbs/backbones/blip2.ipynb #1683927a
 LAVIS_EXTRAS = (  # beginnings of names that LAVIS's files hold and a Q-Former does not
     "visual_encoder.",
     "Qformer.cls.",
@@ -201,20 +201,18 @@ def load_lavis_state(
     faults = {
         "missing": needed.keys() - weights.keys(),
         "not of this model": weights.keys() - needed.keys(),
-        "of another shape": {
-            name for name in common if needed[name].shape != getattr(weights[name], "shape", None)
-        },
+        "of another shape": {name for name in common if needed[name].shape != getattr(weights[name], "shape", None)},
     }
     for fault, names in faults.items():
         if names:
             raise CalaError(
                 f"these weights do not fit the Q-Former, {len(names)} {fault}: {', '.join(sorted(names)[:3])}; "
-                "give the file of the model that was asked for"
+                "give the file that is published for --model-name"
             )
     qformer.load_state_dict(weights)
     return left_out
 
-# %% ../../nbs/backbones/blip2.ipynb #3bf2c795
+# %% ../../nbs/backbones/blip2.ipynb #9bbd1ed2
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 BERT_FILES = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/bert-base-uncased/resolve/main/"
 PUBLISHED = dict(  # model -> files of the Q-Former and of the trunk
@@ -244,7 +242,7 @@ def find_published(
     qformer, trunk = PUBLISHED["pretrain_vitL"]
     advice = f"give it, or its folder, with {FLAG}"
     if name == qformer:
-        advice += f", {trunk} from there and BERT's vocab.txt beside it"
+        advice += f", {trunk} from there and BERT's vocab.txt next to it"
     return find_file(place, LAVIS_FILES + name, advice)
 
 # %% ../../nbs/backbones/blip2.ipynb #34bf0298
@@ -305,7 +303,7 @@ def read_published(
     load_tower(tower, vision)
     return round_as_lavis(tower), state
 
-# %% ../../nbs/backbones/blip2.ipynb #b191457b
+# %% ../../nbs/backbones/blip2.ipynb #0ced40f9
 def import_lavis() -> Callable | None:
     "LAVIS's `load_model`; None where LAVIS is not installed or cannot be imported."
     with warnings.catch_warnings():
@@ -360,11 +358,11 @@ def read_vit_g(
         raise missing_file("bert-base-uncased", BERT_FILES, advice, shorten(error)) from error
     except Exception as error:  # of LAVIS and its dependencies
         raise CalaError(
-            f"LAVIS cannot load pretrain ({shorten(error)}); install the versions that salesforce-lavis 1.0.2 asks for, "
+            f"LAVIS cannot load pretrain ({shorten(error)}); install the versions that salesforce-lavis 1.0.2 needs, "
             "or use --model-name pretrain_vitL"
         ) from error
 
-# %% ../../nbs/backbones/blip2.ipynb #53c15b35
+# %% ../../nbs/backbones/blip2.ipynb #fb79750a
 def read_parts(
     model_name: str,  # pretrain_vitL or pretrain
     weights: str | None = None,  # file, folder or URL, read without LAVIS
@@ -387,7 +385,7 @@ def choose_words(
     rows: int,  # of the Q-Former's word embeddings
     tokenizer: str | None = None,  # `--tokenizer`: vocab.txt or its folder
     vocabulary: dict | None = None,  # that LAVIS has read
-    weights: str | None = None,  # `--backbone-weights`: vocab.txt may lie beside it
+    weights: str | None = None,  # `--backbone-weights`: vocab.txt may lie in its folder
 ) -> WordPieces:
     "The tokenizer that belongs to a Q-Former."
     place = tokenizer

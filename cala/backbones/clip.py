@@ -392,7 +392,7 @@ def _choose_size(name, architecture, size):
     print(f"{name}: random weights at {extent} size, as asked; recalls will mean nothing", file=sys.stderr)
     return shrink(architecture) if size == "small" else architecture
 
-# %% ../../nbs/backbones/clip.ipynb #643a3729
+# %% ../../nbs/backbones/clip.ipynb #6a582f40
 @dataclass(frozen=True)
 class OpenClipTransform(ImageTransform):
     "open_clip's transform for a model, as an `ImageTransform`."
@@ -521,15 +521,15 @@ class Clip(Backbone):
     ) -> "Clip":
         "A CLIP backbone from open_clip."
         name, pretrained = split_tag(model_name, pretrained)
-        found = find_architecture(name)
+        standard = find_architecture(name)
         tag = open_clip.get_pretrained_cfg(name, pretrained)
         path = weights
         if not (weights or random_weights or architecture):
             path = fetch_weights(name, pretrained)
         if random_weights:
-            found = _choose_size(name, found, random_weights)
+            standard = _choose_size(name, standard, random_weights)
         if not architecture:
-            architecture = dict(found, quick_gelu=bool(tag.get("quick_gelu", found.get("quick_gelu"))))
+            architecture = dict(standard, quick_gelu=bool(tag.get("quick_gelu", standard.get("quick_gelu"))))
         config = dict(
             name="clip", model_name=name, pretrained=pretrained, precision=precision, architecture=architecture
         )

@@ -194,7 +194,7 @@ def describe_misfit(
     with open(path, "rb") as file:
         start = file.read(1024)
     if not start:
-        return "is empty, so its download was cut short; fetch it again"
+        return "is empty, so its download was cut short; delete it and fetch it again"
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return (
             "is a Git LFS pointer, a short text in place of the file; "
@@ -235,7 +235,8 @@ def read_torch(
         ) from error
     except Exception as error:  # torch raises many classes for a damaged file
         raise CalaError(
-            f"{path} cannot be read as a torch file ({type(error).__name__}); it may be cut short: fetch it again"
+            f"{path} cannot be read as a torch file ({type(error).__name__}); "
+            "it may be cut short: delete it and fetch it again"
         ) from error
     raise CalaError(f"{path} {misfit}")
 
@@ -258,7 +259,8 @@ def read_weights(
             return load_file(path)
         except Exception as error:  # safetensors has a class of its own beside those of Python
             raise CalaError(
-                f"{path} cannot be read as safetensors ({type(error).__name__}); it may be cut short: fetch it again"
+                f"{path} cannot be read as safetensors ({type(error).__name__}); "
+                "it may be cut short: delete it and fetch it again"
             ) from error
     content = read_torch(path)
     if not isinstance(content, dict):
