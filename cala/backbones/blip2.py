@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'LAVIS_EXTRAS', 'LAVIS_FILES', 'BERT_FILES', 'PUBLISHED
            'load_tower', 'round_as_lavis', 'read_published', 'import_lavis', 'read_with_lavis', 'read_vit_g',
            'read_parts', 'choose_words', 'make_random_parts', 'Blip2']
 
-# %% ../../nbs/backbones/blip2.ipynb #5ba340d3
+# %% ../../nbs/backbones/blip2.ipynb #7fa3477d
 import importlib.util
 import os
 import re
@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer
-from tokenizers import BertWordPieceTokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 from torch import nn
 
@@ -400,7 +400,7 @@ def choose_words(
         )
     return words
 
-# %% ../../nbs/backbones/blip2.ipynb #d9c15db8
+# %% ../../nbs/backbones/blip2.ipynb #571e8988
 def make_random_parts(
     size: str,  # small or full
     precision: str = "auto",  # of the trunk
@@ -470,7 +470,7 @@ class Blip2(QFormerBackbone):
             raise CalaError(f"{weights} holds no Q-Former; give {PUBLISHED['pretrain_vitL'][0]} as published")
         qformer = QFormer(**{**SIZES["full"]["qformer"], "vision_width": len(state["ln_vision.weight"])})
         load_lavis_state(qformer, state)
+        rows = len(state["Qformer.bert.embeddings.word_embeddings.weight"])
         del state  # frees 0.7 GB before the three copies are made
-        rows = len(qformer.Qformer.bert.embeddings.word_embeddings.weight)
         words = choose_words(rows, tokenizer, vocabulary, weights)
         return cls(FrozenTrunk(trunk, precision), qformer, words, 224, config).eval()

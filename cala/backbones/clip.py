@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'OPEN_WEIGHTS', 'capture_output', 'ResNetHead', 'ResNetTo
            'TimmHead', 'cut_tower', 'real_tokens', 'split_tag', 'find_architecture', 'open_model', 'read_tensors',
            'load_weights', 'find_cached', 'fetch_weights', 'find_tokenizer', 'shrink', 'OpenClipTransform', 'Clip']
 
-# %% ../../nbs/backbones/clip.ipynb #8998b79e
+# %% ../../nbs/backbones/clip.ipynb #92d7f5f0
 import logging
 import sys
 from collections.abc import Callable
@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 import torchvision.transforms.functional as TF
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
+from open_clip.model import CLIP
+from open_clip.model import CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
@@ -58,7 +61,7 @@ def capture_output(
     finally:
         hook.remove()
 
-# %% ../../nbs/backbones/clip.ipynb #56f606c9
+# %% ../../nbs/backbones/clip.ipynb #f649e23e
 class ResNetHead(nn.Module):
     "The attention pool of a ResNet: tokens (B, N, w) -> feature (B, d), places (B, N, w)."
 
@@ -81,13 +84,13 @@ class ResNetTower(nn.Module):
         visual: ModifiedResNet,  # loses its pool
     ):
         super().__init__()
-        self.visual = visual
-        visual.attnpool = nn.Identity()
+        self.visual: Any = visual
+        self.visual.attnpool = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.visual(images).flatten(2).transpose(1, 2)
 
-# %% ../../nbs/backbones/clip.ipynb #cef3f51f
+# %% ../../nbs/backbones/clip.ipynb #7622d13f
 class ViTHead(nn.Module):
     "What follows the blocks of a ViT: tokens (B, 1 + N, w) -> feature (B, d), places (B, N, w)."
 
@@ -107,7 +110,8 @@ class ViTHead(nn.Module):
         pooled = tokens[:, 1:].mean(1) if self.takes_mean else tokens[:, 0]
         if self.pools_first:
             pooled = self.ln_post(pooled)
-        return pooled @ self.proj, tokens[:, 1:]
+        feature = pooled if self.proj is None else pooled @ self.proj
+        return feature, tokens[:, 1:]
 
 
 class ViTTower(nn.Module):
@@ -222,7 +226,7 @@ def find_architecture(
         )
     return config
 
-# %% ../../nbs/backbones/clip.ipynb #ff8d2799
+# %% ../../nbs/backbones/clip.ipynb #3b687fa2
 @contextmanager
 def _without_warnings():
     "Keep the log quiet while the block runs."
@@ -238,7 +242,7 @@ def open_model(
     name: str,  # as open_clip lists it
     architecture: dict,  # its configuration, or one of the same kind in other sizes
     tag: dict,  # open_clip's record of the weights: mean, std, resize mode; may be empty
-) -> nn.Module:
+) -> Any:  # a CLIP or CustomTextCLIP of open_clip
     "An open_clip model with random weights and the picture statistics of a tag."
     sizes = {key: value for key, value in architecture.items() if key != "custom_text"}  # that one chooses the class
     pictures = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
@@ -254,7 +258,7 @@ def open_model(
             )
         raise CalaError(f"open_clip cannot make {name}: {str(error).splitlines()[0]}; {advice}") from error
 
-# %% ../../nbs/backbones/clip.ipynb #4738ea91
+# %% ../../nbs/backbones/clip.ipynb #c3068e14
 OPEN_WEIGHTS = "open_clip_model.safetensors"  # open_clip's name for its files on the Hugging Face Hub
 
 
@@ -279,9 +283,9 @@ def read_tensors(
 
 
 def load_weights(
-    model: nn.Module,  # from `open_model`
+    model: CLIP | CustomTextCLIP,  # from `open_model`
     path: str | Path,  # weights as open_clip or CLIP4Cir saves them
-) -> nn.Module:  # the same model
+) -> CLIP | CustomTextCLIP:  # the same model
     "Load a file of weights, all of it and nothing else."
     content = read_tensors(path)
     try:
@@ -392,7 +396,7 @@ def _choose_size(name, architecture, size):
     print(f"{name}: random weights at {extent} size, as asked; recalls will mean nothing", file=sys.stderr)
     return shrink(architecture) if size == "small" else architecture
 
-# %% ../../nbs/backbones/clip.ipynb #6a582f40
+# %% ../../nbs/backbones/clip.ipynb #14818a1b
 @dataclass(frozen=True)
 class OpenClipTransform(ImageTransform):
     "open_clip's transform for a model, as an `ImageTransform`."
@@ -405,7 +409,7 @@ class OpenClipTransform(ImageTransform):
         image: Image.Image,
     ) -> Tensor:  # (3, size, size) uint8
         "The picture at the tower's resolution, before it is normalised."
-        transform = open_clip.image_transform(
+        transform: Any = open_clip.image_transform(
             self.size, is_train=False, resize_mode=self.resize_mode, interpolation=self.interpolation
         )
         *steps, _, _ = transform.transforms  # the last two make a tensor and normalise it
@@ -423,23 +427,23 @@ class Clip(Backbone):
 
     def __init__(
         self,
-        model: nn.Module,  # made by `open_model`; changed in place
-        tokenizer: Callable | None,  # captions -> ids (B, L)
+        model: Any,  # made by `open_model`; changed in place
+        tokenizer: Callable,  # captions -> ids (B, L)
         config: dict,  # options of `build` that make the same architecture
     ):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.preprocess = dict(model.visual.preprocess_cfg)
+        self.preprocess: dict[str, Any] = dict(model.visual.preprocess_cfg)
         side = model.visual.image_size
-        self.dim = config["architecture"]["embed_dim"]
-        self.size = side if isinstance(side, int) else side[0]
+        self.dim: int = config["architecture"]["embed_dim"]
+        self.size: int = side if isinstance(side, int) else side[0]
         tower, self.head = cut_tower(model.visual)
         model.visual = None
         model.logit_scale = None  # the composition frames have temperatures of their own
         model.logit_bias = None
         self.trunk = FrozenTrunk(tower, config.get("precision", "auto"))
-        self.language = model
+        self.language: Any = model
         width = self.trunk(torch.zeros(1, 3, self.size, self.size)).shape[-1]
         self.reduction = nn.Linear(width, self.dim)
 
@@ -462,7 +466,7 @@ class Clip(Backbone):
         return Embedding(torch.cat([feature[:, None], places], 1), feature, torch.cat([mask[:, :1], mask], 1))
 
     @property
-    def text_tower(self) -> nn.Module:
+    def text_tower(self) -> Any:
         "The module that owns `ln_final`: the model, or in newer models its part `text`."
         return getattr(self.language, "text", self.language)
 
