@@ -279,9 +279,10 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "--num-workers -1: give 0 or more" in says("--num-workers", "-1")
     assert "leave out --random-weights" in says("--random-weights", "small")
     assert "no model is named; give --checkpoint" in refused(capsys, *good[:6], "--dataset", "CIRR")
-    assert f"{tmp_path / 'best'} is a folder: give a file of weights on this machine as --clip-model-path" in refused(
+    assert f"{tmp_path / 'best'} is a checkpoint folder of cala; give it as --checkpoint" in refused(
         capsys, *good[:6], "--dataset", "CIRR", "--clip-model-path", tmp_path / "best"
     )
+    assert f"{tmp_path} is a folder" in refused(capsys, *good[:6], "--dataset", "CIRR", "--clip-model-path", tmp_path)
     assert "--target-ratio -1.0" in says("--target-ratio", "-1")
     assert "--precision int8" in says("--precision", "int8")
     assert "--cache ram: choose one of off, tokens" in says("--cache", "ram")

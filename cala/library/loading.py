@@ -256,7 +256,10 @@ def make_source_backbone(
     )
     if source == "blip2":
         return make_backbone(source, **options)
-    options |= dict(model_name=flags.clip_model_name, weights=flags.clip_model_path or flags.backbone_weights)
+    path = flags.clip_model_path
+    if path and (Path(path) / "recipe.json").is_file():
+        raise CalaError(f"--clip-model-path {path} is a checkpoint folder of cala; give it as --checkpoint")
+    options |= dict(model_name=flags.clip_model_name, weights=path or flags.backbone_weights)
     try:
         return make_backbone(source, **options)
     except CalaError as error:  # its message names the flags of cala-train
