@@ -29,7 +29,7 @@ hooks: install   ## let git merge notebooks cell by cell with nbdev
 demo: install    ## draw a data set, train from nothing, print the table, write the report
 	$(BIN)/cala-demo $(ARGS)
 
-test: install style types sync notebooks pytest mutants   ## everything that CI runs, except the browser
+test: install style words types sync notebooks pytest mutants   ## everything that CI runs, except the browser
 
 style: install   ## ruff and the rules of CONTRIBUTING.md, on notebooks, plain modules, tests and tools
 	$(BIN)/python .ci/style.py

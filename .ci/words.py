@@ -42,7 +42,7 @@ PROSE = {
     r"ranks (wait|meet|agree|share|differ)|(each|every|one) of the ranks|number of ranks": "process",
     r"company of \w+": "one process, two processes",
     # One spelling.
-    r"subset (recall|R@\d+)|R_s@|recall_subset": "Rs@1",
+    r"subset (recall|R@\d+)|R_s@": "Rs@1",
     r"times sooner|speedups?": "speed-up",
     # People and things: a sentence needs a subject that the reader can name.
     r"whoever|whomever|whatsoever": "name the subject",
@@ -53,7 +53,6 @@ PROSE = {
     r"said aloud|is said|was said|are said": "print, state, report",
     r"dice": "random numbers, random state",
     r"(earlier|later|this|that|each|every|other|the) rooms?": "module or notebook",
-    r"(mend|mends|mended|mending)": "correct, fix, repair",
     r"(heed|heeds|lest|ere|aloud|alike)": "a plain word",
     r"(let|lets) go of": "release",
     r"(part|parts) (company|ways)": "differ",

@@ -10,7 +10,7 @@ __all__ = ['QTM_ALONE', 'RELEASED_WEIGHTS', 'PAPER_WEIGHTS', 'SCALES', 'MAIN_ARM
            'write_row', 'read_rows', 'run_parallel', 'run_ablation', 'pair_differences', 'bootstrap_interval',
            'compute_effects', 'draw_effects', 'compare_effects', 'describe_agreement']
 
-# %% ../../nbs/library/ablation.ipynb #1b6ce33c
+# %% ../../nbs/library/ablation.ipynb #ecaf1bb3
 import json
 import multiprocessing
 import os
@@ -112,7 +112,7 @@ def all_arms() -> dict[str, dict]:
     "Every arm: name -> flags."
     return table_arms() | scale_arms()
 
-# %% ../../nbs/library/ablation.ipynb #c892fd83
+# %% ../../nbs/library/ablation.ipynb #b04b19fc
 MAIN_ARMS = (
     "QTM",
     "+TBIA paper normalised 0.3/0",
@@ -135,7 +135,7 @@ class Setting:
     arms: tuple = MAIN_ARMS  # their names
     damage: str | None = None  # partial or swapped: what is done to the training sentences
     worlds: tuple = ("cirr",)
-    seeds: int = 100  # at most so many
+    seeds: int = 100  # the largest number of seeds that it runs with
 
 
 def regime_settings() -> dict[str, Setting]:
@@ -360,7 +360,7 @@ class Probing(Callback):
         place = dict(world=self.job.world, seed=self.job.seed, arm=self.job.arm, step=step)
         self.rows.append(place | probe(learner.core, batch.reference, batch.captions, batch.target))
 
-# %% ../../nbs/library/ablation.ipynb #2ba84e81
+# %% ../../nbs/library/ablation.ipynb #28ac674d
 REPORTED = (
     "recall_at1",
     "recall_at10",
@@ -410,9 +410,10 @@ def run_job(
     with tempfile.TemporaryDirectory() as output:
         run, probes = train_job(job, folder, output)
     seconds = time.process_time() - start
-    kept = evaluate(run.model, open_kept_world(folder, job.world, job.seed, run.model), progress=False)
+    kept_world = open_kept_world(folder, job.world, job.seed, run.model)
+    kept_result = evaluate(run.model, kept_world, progress=False)
     row = dict(setting=job.setting, world=job.world, seed=job.seed, arm=job.arm, steps=len(run.log))
-    for split, result in (("val", run.metrics[-1]), ("kept", kept)):
+    for split, result in (("val", run.metrics[-1]), ("kept", kept_result)):
         row |= {f"{split}_{name}": round(result[name], 3) for name in REPORTED if name in result}
     losses = pd.DataFrame(run.log).tail(10)[["loss", "qtm", "tbia", "ctr"]].mean()
     row |= {f"end_{name}": round(value, 4) for name, value in losses.items()}
@@ -573,19 +574,19 @@ def draw_effects(
         page.suptitle(title, fontsize=9)
     return page
 
-# %% ../../nbs/library/ablation.ipynb #30cb04d5
+# %% ../../nbs/library/ablation.ipynb #f0ee347e
 def compare_effects(
-    ours: pd.DataFrame,  # rows
-    theirs: pd.DataFrame,  # rows of more seeds
+    rows: pd.DataFrame,
+    other_rows: pd.DataFrame,  # of more seeds, or of another machine
 ) -> pd.DataFrame:
-    "A row a setting, world and arm of both: our mean, their mean, the allowed distance, and whether they agree."
+    "A row a setting, world and arm of both: the two means, the allowed distance, and whether they agree."
     place = ["setting", "world", "arm"]
-    both = compute_effects(ours).merge(compute_effects(theirs), on=place, suffixes=("", "_theirs"))
+    both = compute_effects(rows).merge(compute_effects(other_rows), on=place, suffixes=("", "_other"))
     if both.empty:
         raise CalaError("the two tables have no setting, world and arm in common; give another --compare")
-    both["allowed"] = 3 * both.deviation_theirs * (1 / both.seeds + 1 / both.seeds_theirs) ** 0.5
-    both["agrees"] = (both["mean"] - both.mean_theirs).abs() <= both.allowed
-    return both[[*place, "mean", "mean_theirs", "allowed", "agrees"]]
+    both["allowed"] = 3 * both.deviation_other * (1 / both.seeds + 1 / both.seeds_other) ** 0.5
+    both["agrees"] = (both["mean"] - both.mean_other).abs() <= both.allowed
+    return both[[*place, "mean", "mean_other", "allowed", "agrees"]]
 
 
 def describe_agreement(

@@ -1,4 +1,4 @@
-"""A dataclass or a function becomes a command line, and an error that a user can mend becomes one line.
+"""A dataclass or a function becomes a command line, and an error that a user can correct becomes one line.
 
 Every field of the dataclass, or every parameter of the function, is a flag; its trailing comment is the help text. The
 parser is Python's argparse. tyro starts as fast and reads dataclasses by itself, but it prints an error as a box of

@@ -143,7 +143,7 @@ def replace_folder(
     folder: str | Path,  # made if need be; its parents too
     files: dict,  # name -> bytes, everything that it will hold
 ):
-    "Replace a folder as a whole: at every moment `folder`, or `folder.old` beside it, is complete."
+    "Replace a folder as a whole: at every moment `folder`, or `folder.old` next to it, is complete."
     folder = Path(folder)
     part, old = _folder_beside(folder, ".part"), _folder_beside(folder, ".old")
     shutil.rmtree(part, ignore_errors=True)

@@ -114,7 +114,7 @@ class CombinerRecipe(DataFlags):
     learning_rate: float = 2e-5  # Adam's
     weight_decay: float = 0.0  # AdamW's; 0 is Adam
     seed: int = 0  # of weights, order and dropout
-    validation_frequency: int = 1  # validate every so many epochs
+    validation_frequency: int = 1  # epochs from one validation to the next
     output: str | None = None  # an empty folder or a new one; None: runs/<dataset>-combiner
 
 
