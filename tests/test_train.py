@@ -194,10 +194,10 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     assert "takes no hidden_dim" in says("--hidden-dim", 64)
     assert "--projection-dim -3: give a number above 0" in says("--cir-frame", "combiner", "--projection-dim", -3)
     assert "has no --trunk-precision" in says("--trunk-precision", "bf16")
-    assert "https://example.org/a.pt is a URL: give a file" in says(
+    assert "https://example.org/a.pt is a URL; give a file" in says(
         "--encoder-arch", "clip", "--backbone-weights", "https://example.org/a.pt"
     )
-    assert f"{world} is a folder: give a file" in says("--encoder-arch", "clip", "--backbone-weights", world)
+    assert f"{world} is a folder" in says("--encoder-arch", "clip", "--backbone-weights", world)
     assert "FashionIQ has dress, shirt, toptee" in says("--dataset", "FashionIQ", "--categories", "hats")
     assert "no such folder" in says("--resume", tmp_path / "nowhere")
     assert "is not empty" in says(output=world)

@@ -128,7 +128,7 @@ def fetch(
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with DownloadBar(desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+        with DownloadBar(desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             urlretrieve(url, partial, bar.move)
         misfit = describe_misfit(partial)
         if misfit:
