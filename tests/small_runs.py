@@ -82,9 +82,6 @@ def read_results(folder):
     return results
 
 
-kept = read_results  # the name that test_train and test_crashes still import
-
-
 def flatten_tensors(value):
     "Turn the tensors of nested dicts and lists into bytes, and NaN into a text, because NaN differs from itself."
     if isinstance(value, torch.Tensor):

@@ -240,7 +240,8 @@ def released_step(textual, multimodal, visual, hca, tac, reference, captions, ta
     F_c, F_r = features(textual, "text", captions=captions), features(multimodal, "multimodal", reference, captions)
     F_t, F_r_alone = features(visual, "image", target), features(visual, "image", reference)
     z_qtm = 100 * F.normalize(F_r[:, 0] + F_c[:, 0], dim=-1) @ F.normalize(F_t[:, 0], dim=-1).T
-    z_ctr, z_tbia = 10 * F_c[:, 0] @ tac(F_r_alone, F_t).T, 10 * hca(F_r, F_c, F_t) @ F_r[:, 0].T
+    z_tbia = 10 * hca(F_r, F_c, F_t) @ F_r[:, 0].T
+    z_ctr = 10 * F_c[:, 0] @ tac(F_r_alone, F_t).T
     rows = torch.arange(len(captions))
     return 0.1 * F.cross_entropy(z_tbia, rows) + 0.9 * F.cross_entropy(0.45 * z_ctr + 0.55 * z_qtm, rows)
 

@@ -29,7 +29,7 @@ from cala.training import Learner
 from cala.training import Validate
 from saved_models import tiny
 from small_runs import exit_code
-from small_runs import kept
+from small_runs import read_results
 from small_runs import train_flags
 
 EPOCHS = 4
@@ -105,7 +105,7 @@ def undisturbed(world, tmp_path_factory, server):
     assert ended(server, train_flags(world, folder / "run", epochs=EPOCHS), folder / "said", list(PLACES)) == 0, (
         folder / "said"
     ).read_text()
-    return kept(folder / "run"), json.loads((folder / "said").read_text().splitlines()[-1])
+    return read_results(folder / "run"), json.loads((folder / "said").read_text().splitlines()[-1])
 
 
 def resumed(words, folder):
@@ -145,7 +145,7 @@ def test_a_run_killed_at_twenty_random_moments_and_resumed_after_each_ends_as_if
         deaths += one_run(
             server, train_flags(world, folder, epochs=EPOCHS), folder, tmp_path / "said", moments[len(deaths) :]
         )
-        assert kept(folder) == expected, deaths
+        assert read_results(folder) == expected, deaths
     assert {(place, again) for place, _, again in deaths} >= {(place, True) for place in PLACES}
 
 
@@ -160,7 +160,7 @@ def test_a_killed_run_is_resumed_at_once_though_the_processes_that_decoded_its_p
         tmp_path / "said",
         [("in a step", undisturbed[1]["in a step"] // 2 + 1), ("in a step", 1)],
     )
-    assert [again for *_, again in deaths] == [False, True] and kept(tmp_path / "run") == undisturbed[0]
+    assert [again for *_, again in deaths] == [False, True] and read_results(tmp_path / "run") == undisturbed[0]
 
 
 def test_of_two_runs_started_at_once_into_one_folder_one_trains_and_the_other_says_why_not(
@@ -174,7 +174,7 @@ def test_of_two_runs_started_at_once_into_one_folder_one_trains_and_the_other_sa
         child.start()
     for child in both:
         child.join(120)
-    assert sorted(child.exitcode for child in both) == [0, 2] and kept(tmp_path / "run") == undisturbed[0]
+    assert sorted(child.exitcode for child in both) == [0, 2] and read_results(tmp_path / "run") == undisturbed[0]
     said = [(tmp_path / str(number)).read_text() for number, child in enumerate(both) if child.exitcode]
     assert re.fullmatch(
         f"cala-train: (another process is at work in {tmp_path}/run; .*|{tmp_path}/run is not empty .*)\n",

@@ -24,9 +24,9 @@ from cala.recipe import Recipe
 from cala.scripts.train import main
 from cala.training import open_split
 from small_runs import exit_code
-from small_runs import kept
 from small_runs import lines_of
 from small_runs import one_thread  # noqa: F401
+from small_runs import read_results
 from small_runs import train_flags
 
 
@@ -171,7 +171,7 @@ def test_under_a_launcher_it_leaves_what_it_leaves_without(world, tmp_path, undi
     )
     assert done.returncode == 0, done.stderr
     assert f"3 epochs; logs and checkpoints in {tmp_path / 'run'}" in done.stdout
-    assert kept(tmp_path / "run") == kept(undisturbed)
+    assert read_results(tmp_path / "run") == read_results(undisturbed)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -352,12 +352,12 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed,
         and f"--resume {tmp_path / 'run'}" in line
     )
     assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0
-    assert kept(tmp_path / "run") == kept(undisturbed)
+    assert read_results(tmp_path / "run") == read_results(undisturbed)
 
 
 def test_the_same_seed_twice_leaves_the_same_bytes_and_another_does_not(world, tmp_path, undisturbed):
     run(world, tmp_path / "again", epochs=3)
-    assert kept(tmp_path / "again") == kept(undisturbed)
+    assert read_results(tmp_path / "again") == read_results(undisturbed)
     for name in ("best", "last"):
         assert (tmp_path / "again" / name / "model.safetensors").read_bytes() == (
             undisturbed / name / "model.safetensors"
@@ -376,7 +376,7 @@ def test_the_same_seed_twice_leaves_the_same_bytes_and_another_does_not(world, t
 def test_the_number_of_workers_changes_nothing(world, tmp_path, dataset):
     for workers in (0, 1):
         run(world, tmp_path / str(workers), "--dataset", dataset, "--num-workers", workers)
-    assert kept(tmp_path / "0") == kept(tmp_path / "1")
+    assert read_results(tmp_path / "0") == read_results(tmp_path / "1")
 
 
 def test_cached_tokens_give_the_log_that_pictures_give(world, tmp_path):

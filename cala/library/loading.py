@@ -28,10 +28,10 @@ from ..retrieval import embed
 from ..trust import hash_tensors
 from .cache import cache_folder
 from .cache import use_caches
-from .checkpoint import checkpoint_folder
 from .checkpoint import load_checkpoint
 from .checkpoint import read_recipe
 from .cli import spell_flag
+from .files import find_whole_folder
 from .files import hash_file
 from .flags import BLIP2_ROLES
 from .flags import DataFlags
@@ -64,7 +64,7 @@ def find_weights(
     if not folder.is_dir() or not is_checkpoint(path):
         return path
     read_recipe(folder)
-    return checkpoint_folder(folder) / "model.safetensors"
+    return find_whole_folder(folder) / "model.safetensors"
 
 
 def read_tensors(

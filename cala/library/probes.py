@@ -151,7 +151,7 @@ def probe(
     was_training = model.training
     model.eval()
     encoded = model.encode(reference, captions, target)
-    z_qtm, z_tbia, z_ctr = model.compare(model.associate(encoded))
+    z_qtm, z_tbia, z_ctr = model.compare(model.associate(encoded))[:3]  # a subclass may add more
     numbers = dict(qtm_spread=spread(z_qtm), qtm_accuracy=accuracy(z_qtm), qtm_loss=contrast(z_qtm).item())
     losses = {}
     if z_ctr is not None:

@@ -18,7 +18,7 @@ from ..retrieval import chance
 from ..retrieval import image_only
 from ..retrieval import measure
 from ..retrieval import text_only
-from .checkpoint import checkpoint_folder
+from .files import find_whole_folder
 from .files import write_atomically
 from .flags import DataFlags
 from .loading import find_device
@@ -117,7 +117,7 @@ def describe_run(
     "Where a number comes from: flags, recipe, weights, versions, device."
     recipe = {}
     if flags.checkpoint:
-        file = checkpoint_folder(flags.checkpoint) / "recipe.json"
+        file = find_whole_folder(flags.checkpoint) / "recipe.json"
         recipe = json.loads(file.read_bytes())["recipe"]
     recipe.pop("api_key", None)
     return dict(
