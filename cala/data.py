@@ -37,6 +37,7 @@ from .annotations import read_annotations
 from .errors import CalaError
 from .pictures import find_picture_fault
 from .pictures import read_picture
+from .pictures import shorten_path
 
 # %% ../nbs/method/01_data.ipynb #0b959d23
 MAX_PADDED_PIXELS = 64_000_000
@@ -219,7 +220,7 @@ class Triplets(Dataset):
         count = f"{len(missing):,} of {len(self.gallery):,} pictures of {self.name} {self.split} are missing"
         if not allow_missing:
             advice = "cala-check lists them, --allow-missing goes on without them"
-            raise CalaError(f"{count}, the first is {first}; {advice}")
+            raise CalaError(f"{count}, the first is {shorten_path(first)}; {advice}")
         queries = len(self)
         ranked = self.split != "train"  # Rs@k needs whole groups
         needed = [{t.reference, t.target, *(t.group if ranked else ())} for t in self.triplets]

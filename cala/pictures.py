@@ -53,13 +53,25 @@ def reduce_to_eight_bits(
     return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
 
 
+def shorten_path(
+    path: str | Path,  # of any length; a damaged annotation file may hold a very long name
+    longest: int = 300,  # characters
+) -> str:
+    "A path for a message, without its middle if it is too long."
+    text = str(path)
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
 def find_picture_fault(
     path: str | Path,  # where a picture should be
     root: str | Path | None = None,  # links must not lead out of this folder; None: links are not checked
 ) -> str:  # empty if nothing is wrong
     "Why a file cannot be a picture, as far as can be seen without reading it."
     if not os.path.isfile(path):
-        return f"no picture {path}; cala-check lists all that are missing"
+        return f"no picture {shorten_path(path)}; cala-check lists all that are missing"
     if root is not None and escapes_root(path, root):
         return (
             f"{path} is a link out of {root}; put the picture itself there "

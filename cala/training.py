@@ -170,7 +170,7 @@ def make_loader(
     if len(data) < size:
         raise CalaError(f"{len(data)} triplets do not fill a batch of {size}; lower --batch-size")
     if size % processes:
-        raise CalaError(f"--batch-size {size} cannot be shared by {processes} processes; choose a multiple")
+        raise CalaError(f"--batch-size {size} cannot be shared by {processes} ranks (processes); choose a multiple")
     return DataLoader(
         data,
         batch_sampler=BatchSampler(len(data), size, recipe.neighbours, recipe.seed, processes, process),

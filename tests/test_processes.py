@@ -216,7 +216,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_line_and_not_a_hang(world,
 
 def test_a_batch_that_ranks_cannot_share_is_refused_by_all(world, tmp_path, server):
     codes, said = together(server, train_flags(world, tmp_path / "run", "--batch-size", 15), tmp_path / "said")
-    assert codes == [2, 2] and all("--batch-size 15 cannot be shared by 2 processes" in text for text in said)
+    assert codes == [2, 2] and all("--batch-size 15 cannot be shared by 2 ranks (processes)" in text for text in said)
 
 
 def test_torchrun_trains_and_a_killed_rank_ends_it(world, tmp_path):

@@ -136,7 +136,8 @@ def load_checkpoint(
     try:
         model = CaLa(make_backbone(**config), **recipe["model"])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        message = f"{folder} does not fit its recipe ({error}); it may be of another version of cala"
+        reason = " ".join(str(error).split())[:300]
+        message = f"{folder} does not fit its recipe ({reason}); it may be of another version of cala"
         raise CalaError(message) from error
     load_weights(model, folder)
     return model.eval()

@@ -300,9 +300,14 @@ def fill_flags(
     "Give flags that were left out the value of the checkpoint's recipe, or the released program's default; check all."
     recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
+    types = dict(transform=str, target_ratio=(int, float), dataset=str)
     for name, default in defaults.items():
-        if hasattr(flags, name) and getattr(flags, name) is None:
-            setattr(flags, name, recipe.get(name) or default)
+        if not hasattr(flags, name) or getattr(flags, name) is not None:
+            continue
+        value = recipe.get(name) or default
+        if value is not None and not isinstance(value, types[name]):
+            raise CalaError(f"the recipe of {flags.checkpoint} has {value!r} as {name}; give {spell_flag(name)}")
+        setattr(flags, name, value)
     given: Any = flags
     if hasattr(given, "protocol"):
         given.protocol = given.protocol.lower()
