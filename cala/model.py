@@ -252,6 +252,8 @@ class CaLa(nn.Module):
     def for_retrieval(self) -> "CaLa":
         "Remove the associations, which only training needs; the scores stay the same."
         self.hca = self.tac = None
+        self.w_tbia = self.w_ctr = 0.0
+        self.config.update(hca_weight=0.0, tac_weight=0.0, alpha=0.0, beta=0.0)  # so a checkpoint has no associations
         return self.eval()
 
     def state_to_save(self) -> dict:  # name -> tensor

@@ -287,3 +287,13 @@ def test_a_stage_1_file_is_written_whole_and_a_flipped_bit_is_noticed(tmp_path, 
         flip_bit(path, draw.getrandbits(40))
         with pytest.raises(CalaError, match="stage1.safetensors is not a backbone written by cala, or is damaged"):
             load_backbone(path)
+
+
+def test_a_model_for_retrieval_is_saved_and_loaded_without_its_associations(tmp_path):
+    torch.manual_seed(0)
+    model = CaLa(make_backbone("tiny", vocabulary=["red"], width=16, heads=2, layers=1, queries=2)).for_retrieval()
+    save_checkpoint(model, tmp_path / "best")
+    loaded = load_checkpoint(tmp_path / "best")
+    assert loaded.hca is None and loaded.tac is None
+    pictures = torch.randn(2, 3, 48, 48)
+    assert torch.equal(loaded.embed_gallery(pictures), model.embed_gallery(pictures))
