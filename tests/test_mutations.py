@@ -358,7 +358,7 @@ def run_check(root):
     return status, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("source, examples", [("drawn", 1250), ("real", 350)])
+@pytest.mark.parametrize("source, examples", [("drawn", 1300), ("real", 350)])
 def test_damaged_annotations_are_read_rightly_or_refused_with_file_and_entry(tmp_path, source, examples):
     if source == "real" and not PUBLISHED.is_dir():
         pytest.skip("the published annotations are not here")

@@ -11,8 +11,8 @@ __all__ = ['draw_triplets', 'open_model', 'open_data', 'GalleryNegatives', 'embe
 import os
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from functools import partial
@@ -337,14 +337,19 @@ def check_output(
         check_output_folder(output, advice=f"choose another --output, or go on with it by --resume {output}")
 
 
+@contextmanager
 def own_folder(
     recipe: Recipe,
-) -> AbstractContextManager:
+) -> Iterator[None]:
     "Inside, no other run can use this run's folder."
     output = run_folder(recipe)
     check_output(output, recipe)
-    is_first = os.environ.get("RANK", "0") == "0"
-    return lock_folder(output) if is_first else nullcontext()
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with lock_folder(output):
+        check_output(output, recipe)  # another run may have used the folder between the first check and the lock
+        yield
 
 # %% ../../nbs/library/run.ipynb #cc360604
 def train(
