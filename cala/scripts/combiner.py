@@ -32,6 +32,7 @@ def main(
     folder = Path(recipe.output or f"runs/{val.name}-combiner")
     check_output_folder(folder)
     with lock_folder(folder):
+        check_output_folder(folder)  # another run may have used it between the first check and the lock
         model = make_combiner_model(recipe)
         transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
         train.gallery.transform = transform
