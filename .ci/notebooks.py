@@ -11,6 +11,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+INSTALL_MARK = 'if find_spec("cala") is None:'  # a line of the cell that `.ci/sync.py --badges` writes
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|.*\|\s*[\d.]+\w*/|\d+it \[\d\d:\d\d")  # a line that tqdm writes
 KERNEL_FILE = re.compile(
@@ -125,11 +126,18 @@ def shorten_hash(
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def executed_cells(
+    notebook: NotebookNode,
+) -> list[NotebookNode]:
+    "The code cells without the cell that installs cala elsewhere, which does nothing where cala is installed."
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and INSTALL_MARK not in cell.source]
+
+
 def hash_sources(
     notebook: NotebookNode,
 ) -> str:
     "The fingerprint of all code cells in their order. Comments, layout and markdown do not count."
-    cells = [describe_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [describe_cell(cell.source) for cell in executed_cells(notebook)]
     return shorten_hash("\n".join(cell for cell in cells if cell != "Module()"))
 
 
@@ -137,7 +145,7 @@ def hash_outputs(
     notebook: NotebookNode,
 ) -> str:
     "The fingerprint of all outputs in their order."
-    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [cell.outputs for cell in executed_cells(notebook)]
     return shorten_hash(json.dumps(outputs, sort_keys=True))
 
 
