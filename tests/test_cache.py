@@ -81,6 +81,11 @@ def make_gallery(folder, kind="targetpad"):
     return Gallery([path.stem for path in paths], paths, image_transform(kind, 16))
 
 
+@pytest.fixture(autouse=True)
+def keep_messages(caplog):
+    caplog.set_level("INFO", "cala")
+
+
 @pytest.fixture
 def gallery(tmp_path):
     (tmp_path / "pictures").mkdir()
@@ -96,10 +101,6 @@ def compute_directly(trunk, gallery):
         return trunk(torch.stack([gallery[i] for i in range(len(gallery))]))
 
 
-def build_silently(*args, **options):
-    return cache_tokens(*args, report=None, **options)
-
-
 def find_shards(cache):
     return sorted(cache.place.glob("*.safetensors"))
 
@@ -108,7 +109,7 @@ def find_shards(cache):
 
 
 def test_cached_tokens_are_those_of_the_trunk(gallery, tmp_path):
-    cache = build_silently(Trunk(), gallery, tmp_path / "cache", batch_size=3)
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache", batch_size=3)
     assert cache.shape == (PICTURES, 16, 8)
     assert cache.disk_bytes == PICTURES * 16 * 8 * 4
     assert len(find_shards(cache)) == PICTURES // SHARD
@@ -118,14 +119,14 @@ def test_cached_tokens_are_those_of_the_trunk(gallery, tmp_path):
 
 
 def test_half_precision_halves_the_size_and_rounds(gallery, tmp_path):
-    half, full = (build_silently(Trunk(), gallery, tmp_path / "cache", dtype) for dtype in ("float16", "float32"))
+    half, full = (cache_tokens(Trunk(), gallery, tmp_path / "cache", dtype) for dtype in ("float16", "float32"))
     assert half.disk_bytes * 2 == full.disk_bytes
     assert half[0].dtype == torch.float16
     assert torch.equal(half[:], full[:].half())
 
 
 def test_what_is_read_is_a_copy(gallery, tmp_path):
-    cache = build_silently(Trunk(), gallery, tmp_path / "cache")
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache")
     cache[3].zero_()
     assert torch.allclose(cache[3], compute_directly(Trunk(), gallery)[3], atol=1e-6)
 
@@ -138,9 +139,9 @@ def test_a_second_call_computes_nothing(gallery, tmp_path):
             type(self).calls += 1
             return super().forward(pictures)
 
-    build_silently(CountingTrunk(), gallery, tmp_path / "cache")
+    cache_tokens(CountingTrunk(), gallery, tmp_path / "cache")
     calls = CountingTrunk.calls
-    build_silently(CountingTrunk(), gallery, tmp_path / "cache")
+    cache_tokens(CountingTrunk(), gallery, tmp_path / "cache")
     assert CountingTrunk.calls == calls
 
 
@@ -148,14 +149,14 @@ def test_the_trunk_is_left_as_it_was(gallery, tmp_path):
     trunk = nn.Sequential(Trunk().eval(), nn.Dropout(0.5))
     trunk.train()
     trunk[0].eval()
-    cache = build_silently(trunk, gallery, tmp_path / "cache")
+    cache = cache_tokens(trunk, gallery, tmp_path / "cache")
     assert [part.training for part in trunk.modules()] == [True, False, False, True]
     assert torch.allclose(cache[:], compute_directly(trunk.eval(), gallery), atol=1e-6)  # dropout was off
 
 
 def test_a_smaller_gallery_reads_its_part_of_a_larger_cache(world, gallery, tmp_path):
     data = CIRR(world, "val", image_transform("targetpad", 16))
-    cache = build_silently(Trunk(), data.gallery, tmp_path / "cache")
+    cache = cache_tokens(Trunk(), data.gallery, tmp_path / "cache")
     part = CIRR(world, "val", image_transform("targetpad", 16))
     names = part.gallery.names[::2]
     part.gallery = part.gallery.without(set(part.gallery.names) - set(names))
@@ -166,7 +167,7 @@ def test_a_smaller_gallery_reads_its_part_of_a_larger_cache(world, gallery, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_workers_and_pickling_give_the_same_tokens(gallery, tmp_path):
-    cache = build_silently(Trunk(), gallery, tmp_path / "cache", num_workers=2, batch_size=16)
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache", num_workers=2, batch_size=16)
     assert torch.allclose(cache[:], compute_directly(Trunk(), gallery), atol=1e-6)
     assert len(pickle.dumps(cache)) < 5000
     assert torch.equal(pickle.loads(pickle.dumps(cache))[:], cache[:])
@@ -204,7 +205,7 @@ def test_fingerprints_of_targets_stay(keep_tokens, digest):
 
 def test_another_weight_transform_format_or_list_of_pictures_is_another_cache(gallery, tmp_path):
     folder, trunk, other = tmp_path / "cache", Trunk(), Trunk()
-    build_silently(trunk, gallery, folder)
+    cache_tokens(trunk, gallery, folder)
     with torch.no_grad():
         other.convolution.weight[0, 0, 0, 0] += 1e-7
     assert fingerprint(other) != fingerprint(trunk)
@@ -218,28 +219,28 @@ def test_another_weight_transform_format_or_list_of_pictures_is_another_cache(ga
         open_tokens(trunk, gallery.without({"000"}), folder)
     with pytest.raises(CalaError, match="holds no tokens"):
         open_tokens(trunk, gallery, tmp_path / "nowhere")
-    cache = build_silently(other, gallery, folder)
+    cache = cache_tokens(other, gallery, folder)
     assert torch.allclose(cache[:], compute_directly(other, gallery), atol=1e-6)
 
 
 # Pictures that change
 
 
-def test_a_changed_picture_is_noticed_and_only_it_is_computed_again(gallery, tmp_path):
-    folder, reports = tmp_path / "cache", []
-    build_silently(Trunk(), gallery, folder)
+def test_a_changed_picture_is_noticed_and_only_it_is_computed_again(gallery, tmp_path, caplog):
+    folder = tmp_path / "cache"
+    cache_tokens(Trunk(), gallery, folder)
     gallery.paths[7].write_bytes(gallery.paths[8].read_bytes())
     with pytest.raises(CalaError, match="1 pictures have changed since their tokens were made, the first is .*007.png"):
         open_tokens(Trunk(), gallery, folder)
-    cache = cache_tokens(Trunk(), gallery, folder, report=reports.append)
-    assert "; 1 to do" in reports[0]
+    cache = cache_tokens(Trunk(), gallery, folder)
+    assert "; 1 to do" in caplog.messages[-1]
     assert torch.allclose(cache[7], cache[8])
     assert torch.allclose(cache[:], compute_directly(Trunk(), gallery), atol=1e-6)  # the others in the shard stayed
     cache.verify()
 
 
 def test_a_touched_or_moved_picture_is_the_same_picture(gallery, tmp_path):
-    build_silently(Trunk(), gallery, tmp_path / "cache")
+    cache_tokens(Trunk(), gallery, tmp_path / "cache")
     for path in gallery.paths:
         os.utime(path)
     open_tokens(Trunk(), gallery, tmp_path / "cache")
@@ -248,7 +249,7 @@ def test_a_touched_or_moved_picture_is_the_same_picture(gallery, tmp_path):
 
 
 def test_a_change_that_keeps_time_and_size_is_noticed_by_a_thorough_check(gallery, tmp_path):
-    build_silently(Trunk(), gallery, tmp_path / "cache")
+    cache_tokens(Trunk(), gallery, tmp_path / "cache")
     path, stat = gallery.paths[0], os.stat(gallery.paths[0])
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -290,33 +291,35 @@ def write_wrong_marks(path, content):
 @pytest.mark.parametrize(
     "damage", [cut_file, empty_file, write_garbage, drop_header, take_shard_of_another_cache, write_wrong_marks]
 )
-def test_a_damaged_file_is_noticed_and_only_it_is_built_again(gallery, tmp_path, damage):
-    cache, reports = build_silently(Trunk(), gallery, tmp_path / "cache"), []
+def test_a_damaged_file_is_noticed_and_only_it_is_built_again(gallery, tmp_path, damage, caplog):
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache")
+    caplog.clear()
     tokens, victim = cache[:], find_shards(cache)[2]
     content = victim.read_bytes()
     victim.unlink()  # `cache` still has the old file in memory
     damage(victim, content)
     with pytest.raises(CalaError, match="00002.safetensors is damaged"):
         open_tokens(Trunk(), gallery, tmp_path / "cache")
-    rebuilt = cache_tokens(Trunk(), gallery, tmp_path / "cache", report=reports.append)
+    rebuilt = cache_tokens(Trunk(), gallery, tmp_path / "cache")
     assert torch.equal(rebuilt[:], tokens)
-    assert "00002.safetensors is damaged" in reports[0]
-    assert f"; {SHARD} to do" in reports[1]
+    assert "00002.safetensors is damaged" in caplog.messages[0]
+    assert f"; {SHARD} to do" in caplog.messages[1]
 
 
-def test_a_lost_file_costs_its_own_pictures(gallery, tmp_path):
-    cache, reports = build_silently(Trunk(), gallery, tmp_path / "cache"), []
+def test_a_lost_file_costs_its_own_pictures(gallery, tmp_path, caplog):
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache")
+    caplog.clear()
     tokens = cache[:]
     find_shards(cache)[1].unlink()
     with pytest.raises(CalaError, match=f"is not finished, {SHARD} of {PICTURES}"):
         open_tokens(Trunk(), gallery, tmp_path / "cache")
-    rebuilt = cache_tokens(Trunk(), gallery, tmp_path / "cache", report=reports.append)
+    rebuilt = cache_tokens(Trunk(), gallery, tmp_path / "cache")
     assert torch.equal(rebuilt[:], tokens)
-    assert f"; {SHARD} to do" in reports[0]
+    assert f"; {SHARD} to do" in caplog.messages[0]
 
 
 def test_a_flipped_bit_on_disk_is_found_by_verify(gallery, tmp_path):
-    cache = build_silently(Trunk(), gallery, tmp_path / "cache")
+    cache = cache_tokens(Trunk(), gallery, tmp_path / "cache")
     cache.verify()
     content = bytearray(find_shards(cache)[-1].read_bytes())
     content[-3] ^= 1
@@ -326,13 +329,13 @@ def test_a_flipped_bit_on_disk_is_found_by_verify(gallery, tmp_path):
 
 
 def test_half_written_files_of_killed_runs_are_removed_after_a_day(gallery, tmp_path):
-    place = build_silently(Trunk(), gallery, tmp_path / "cache").place
+    place = cache_tokens(Trunk(), gallery, tmp_path / "cache").place
     old, new = place / "00000.safetensors.1.part", place / "00000.safetensors.2.part"
     for path in (old, new):
         path.touch()
     os.utime(old, (1, 1))
     (place / "00001.safetensors").unlink()
-    build_silently(Trunk(), gallery, tmp_path / "cache")
+    cache_tokens(Trunk(), gallery, tmp_path / "cache")
     assert not old.exists()
     assert new.exists()
 
@@ -348,11 +351,11 @@ def start_fork(work, *args):
 
 
 def build_slowly(pictures, folder):
-    build_silently(Trunk(pause=0.1), make_gallery(pictures), folder, batch_size=1)
+    cache_tokens(Trunk(pause=0.1), make_gallery(pictures), folder, batch_size=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_build_that_was_killed_goes_on_and_equals_one_that_was_not(gallery, tmp_path):
+def test_a_build_that_was_killed_goes_on_and_equals_one_that_was_not(gallery, tmp_path, caplog):
     folder = tmp_path / "killed"
     child = start_fork(build_slowly, tmp_path / "pictures", folder)
     deadline = time.time() + 120
@@ -365,10 +368,10 @@ def test_a_build_that_was_killed_goes_on_and_equals_one_that_was_not(gallery, tm
     assert 2 <= len(before) < PICTURES // SHARD
     with pytest.raises(CalaError, match="is not finished"):
         open_tokens(Trunk(), gallery, folder)
-    reports = []
-    killed = cache_tokens(Trunk(), gallery, folder, report=reports.append)
-    assert f"; {PICTURES - SHARD * len(before)} to do" in reports[0]
-    at_once = build_silently(Trunk(), gallery, tmp_path / "at_once", batch_size=1)
+    caplog.clear()
+    killed = cache_tokens(Trunk(), gallery, folder)
+    assert f"; {PICTURES - SHARD * len(before)} to do" in caplog.messages[0]
+    at_once = cache_tokens(Trunk(), gallery, tmp_path / "at_once", batch_size=1)
     killed.verify()
     assert torch.allclose(killed[:], at_once[:], atol=1e-6)
     assert {name: (killed.place / name).stat().st_mtime_ns for name in before} == before  # not computed again
@@ -376,22 +379,22 @@ def test_a_build_that_was_killed_goes_on_and_equals_one_that_was_not(gallery, tm
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_one_line_and_what_is_done_is_kept(gallery, tmp_path, workers):
+def test_a_broken_picture_is_one_line_and_what_is_done_is_kept(gallery, tmp_path, workers, caplog):
     content = gallery.paths[30].read_bytes()
     gallery.paths[30].write_bytes(content[:100])
     with pytest.raises(CalaError, match="030.png cannot be decoded") as error:
-        build_silently(Trunk(), gallery, tmp_path / "cache", num_workers=workers)
+        cache_tokens(Trunk(), gallery, tmp_path / "cache", num_workers=workers)
     assert "\n" not in str(error.value)
     gallery.paths[30].write_bytes(content)
-    reports = []
-    cache_tokens(Trunk(), gallery, tmp_path / "cache", report=reports.append)
-    assert "; 16 to do" in reports[0]
+    caplog.clear()
+    cache_tokens(Trunk(), gallery, tmp_path / "cache")
+    assert "; 16 to do" in caplog.messages[0]
 
 
 def test_missing_pictures_are_refused(gallery, tmp_path):
     gallery.paths[0].unlink()
     with pytest.raises(CalaError, match="1 of 40 pictures are missing"):
-        build_silently(Trunk(), make_missing(gallery), tmp_path / "cache")
+        cache_tokens(Trunk(), make_missing(gallery), tmp_path / "cache")
 
 
 def make_missing(gallery):
@@ -401,26 +404,26 @@ def make_missing(gallery):
 def test_what_cannot_be_kept_is_refused(gallery, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(CalaError, match="does not say what it does"):
-        build_silently(Trunk(), Gallery(gallery.names, gallery.paths, lambda image: image), folder)
+        cache_tokens(Trunk(), Gallery(gallery.names, gallery.paths, lambda image: image), folder)
     with pytest.raises(CalaError, match="choose float16 or float32"):
-        build_silently(Trunk(), gallery, folder, dtype="int8")
+        cache_tokens(Trunk(), gallery, folder, dtype="int8")
     with pytest.raises(CalaError, match="a trunk must give tokens"):
-        build_silently(nn.Flatten(), gallery, folder)
+        cache_tokens(nn.Flatten(), gallery, folder)
     huge = Trunk()
     with torch.no_grad():
         huge.convolution.weight.mul_(1e6)
     with pytest.raises(CalaError, match="cannot hold; use float32"):
-        build_silently(huge, gallery, folder, dtype="float16")
+        cache_tokens(huge, gallery, folder, dtype="float16")
 
 
 def test_a_disk_without_room_is_noticed_before_the_work(gallery, tmp_path, monkeypatch):
     monkeypatch.setattr(cala.library.cache.build.shutil, "disk_usage", lambda path: DiskUsage(1000))
     with pytest.raises(CalaError, match="1.0 KB free; name another folder with --cache-dir, or use float16"):
-        build_silently(Trunk(), gallery, tmp_path / "cache")
+        cache_tokens(Trunk(), gallery, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_disk_that_fills_up_keeps_what_is_done(gallery, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_keeps_what_is_done(gallery, tmp_path, monkeypatch, caplog):
     fsync = os.fsync
     written = []
 
@@ -433,25 +436,25 @@ def test_a_disk_that_fills_up_keeps_what_is_done(gallery, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(cala.library.files.os, "fsync", fill_up)
         with pytest.raises(CalaError, match="No space left on device.*what is done is kept.*--cache-dir"):
-            build_silently(Trunk(), gallery, tmp_path / "cache")
+            cache_tokens(Trunk(), gallery, tmp_path / "cache")
     assert not list(tmp_path.rglob("*.part"))
-    reports = []
-    cache_tokens(Trunk(), gallery, tmp_path / "cache", report=reports.append).verify()
-    assert f"; {PICTURES - 2 * SHARD} to do" in reports[0]
+    caplog.clear()
+    cache_tokens(Trunk(), gallery, tmp_path / "cache").verify()
+    assert f"; {PICTURES - 2 * SHARD} to do" in caplog.messages[0]
 
 
 # What it costs
 
 
-def test_the_cost_is_known_before(gallery, tmp_path):
+def test_the_cost_is_known_before(gallery, tmp_path, caplog):
     build = CacheBuild(Trunk(pause=0.1), gallery, tmp_path / "cache")
     assert build.cost.shape == (PICTURES, 16, 8)
     assert build.cost.total_bytes == PICTURES * 16 * 8 * 4
     assert build.cost.seconds > 0.1 * PICTURES / 8
     assert not (tmp_path / "cache").exists()
-    reports = []
-    cache_tokens(Trunk(), gallery, tmp_path / "cache", report=reports.append)
-    assert f"{PICTURES} pictures x 16 x 8 values, 20.5 KB" in reports[0]
+    caplog.clear()
+    cache_tokens(Trunk(), gallery, tmp_path / "cache")
+    assert f"{PICTURES} pictures x 16 x 8 values, 20.5 KB" in caplog.messages[0]
 
 
 # Several processes
@@ -476,7 +479,7 @@ def run_process(index, port, pictures, folder, results):
 
     cala.library.cache.build.save_shard = watch
     try:
-        results.put((index, len(build_silently(Trunk(), make_gallery(pictures), folder)), *written))
+        results.put((index, len(cache_tokens(Trunk(), make_gallery(pictures), folder)), *written))
     except CalaError as error:
         results.put((index, str(error)))
     distributed.destroy_process_group()
@@ -544,8 +547,8 @@ def test_cached_targets_change_neither_loss_nor_gradient_nor_recall(world, tmp_p
     model = make_small_model(mode, **weights)
     fresh, cached = ([open_cirr(world, model, split) for split in ("train", "val")] for _ in range(2))
     for data in cached:  # `auto` uses tokens that are there
-        use_tokens(data, build_silently(model.backbone.trunk, data.gallery, tmp_path))
-    assert use_caches(model, cached, "auto", tmp_path, passes=30, report=None).use
+        use_tokens(data, cache_tokens(model.backbone.trunk, data.gallery, tmp_path))
+    assert use_caches(model, cached, "auto", tmp_path, passes=30).use
     assert cached[0].target_pictures is not None
     assert cached[1].target_pictures is not None
     loss, gradients = compute_gradients(model, cached[0])
@@ -561,8 +564,8 @@ def test_cached_targets_change_neither_loss_nor_gradient_nor_recall(world, tmp_p
 def test_neither_trunk_nor_image_encoder_runs_where_targets_are_cached(world, tmp_path):
     model = make_small_model()
     data = open_cirr(world, model, "train")
-    use_tokens(data, build_silently(model.backbone.trunk, data.gallery, tmp_path))
-    use_caches(model, [data], "auto", tmp_path, passes=30, report=None)
+    use_tokens(data, cache_tokens(model.backbone.trunk, data.gallery, tmp_path))
+    use_caches(model, [data], "auto", tmp_path, passes=30)
 
     def refuse(*args):
         raise AssertionError("it ran")
@@ -577,7 +580,7 @@ def test_targets_are_keyed_by_what_makes_them_and_by_nothing_else(world, tmp_pat
     gallery, backbone = open_cirr(world, model, "train").gallery, model.backbone
 
     def find_place():
-        return cache_targets(TargetSide(backbone), gallery, tmp_path, report=None).place
+        return cache_targets(TargetSide(backbone), gallery, tmp_path).place
 
     place = find_place()
     with torch.no_grad():
@@ -591,19 +594,19 @@ def test_targets_are_keyed_by_what_makes_them_and_by_nothing_else(world, tmp_pat
         assert place != before
 
 
-def test_a_changed_picture_changes_its_target_too(tmp_path):
+def test_a_changed_picture_changes_its_target_too(tmp_path, caplog):
     model, root = make_small_model(), draw_cirr(tmp_path / "world", train=4, val=1, test1=1, size=32)
     gallery, side = open_cirr(root, model, "train").gallery, TargetSide(model.backbone)
 
-    def cache_both(report=None):
-        tokens = cache_tokens(model.backbone.trunk, gallery, tmp_path / "cache", report=None)
-        return cache_targets(side, gallery, tmp_path / "cache", tokens, report=report)
+    def cache_both():
+        tokens = cache_tokens(model.backbone.trunk, gallery, tmp_path / "cache")
+        return cache_targets(side, gallery, tmp_path / "cache", tokens)
 
     cache_both()
     gallery.paths[3].write_bytes(gallery.paths[4].read_bytes())
-    reports = []
-    targets = cache_both(reports.append)
-    assert "; 1 to do" in reports[0]
+    caplog.clear()
+    targets = cache_both()
+    assert "; 1 to do" in caplog.messages[0]
     assert torch.allclose(targets[3].tokens, targets[4].tokens, atol=1e-6)
 
 
@@ -623,7 +626,7 @@ def test_with_clip_the_target_side_is_constant_only_while_its_reduction_is(tmp_p
     for i in range(3):
         Image.new("RGB", (9, 9), (80 * i, 0, 9)).save(folder / f"{i}.png")
     gallery = Gallery(["0", "1", "2"], sorted(folder.iterdir()), backbone.transform())
-    cached = cache_targets(side, gallery, tmp_path / "cache", report=None)[torch.arange(3)]
+    cached = cache_targets(side, gallery, tmp_path / "cache")[torch.arange(3)]
     with torch.no_grad():
         computed = backbone.image(backbone.trunk(torch.stack([gallery[i] for i in range(3)])))
     for part, expected in zip(cached, computed, strict=True):
@@ -668,14 +671,14 @@ def test_auto_uses_a_complete_cache_even_for_one_reading_and_without_room():
     assert choose_cache([], [], 9.0, 0).use
 
 
-def test_auto_for_one_validation_builds_nothing(world, tmp_path):
-    model, reports = make_small_model(), []
+def test_auto_for_one_validation_builds_nothing(world, tmp_path, caplog):
+    model = make_small_model()
     data = open_cirr(world, model, "val")
-    choice = use_caches(model, [data], "auto", tmp_path / "new", report=reports.append)
+    choice = use_caches(model, [data], "auto", tmp_path / "new")
     assert not choice.use
     assert data.pictures is data.gallery
     assert not list((tmp_path / "new").iterdir())
-    assert "would not pay" in reports[0]
+    assert "would not pay" in caplog.messages[0]
 
 
 def test_an_unknown_kind_of_cache_is_refused():
@@ -705,29 +708,29 @@ def test_tokens_in_a_folder_that_cannot_be_written_are_refused_with_the_flag_tha
     model = make_small_model()
     data = open_cirr(world, model, "train")
     with pytest.raises(CalaError, match="cannot make .*cache.*; name another folder with --cache-dir"):
-        use_caches(model, [data], "tokens", read_only, passes=30, report=None)
+        use_caches(model, [data], "tokens", read_only, passes=30)
 
 
-def test_auto_in_a_folder_that_cannot_be_written_goes_on_without_a_cache_and_says_so(world, read_only):
-    model, reports = make_small_model(), []
+def test_auto_in_a_folder_that_cannot_be_written_goes_on_without_a_cache_and_says_so(world, read_only, caplog):
+    model = make_small_model()
     data = open_cirr(world, model, "train")
-    choice = use_caches(model, [data], "auto", read_only, passes=30, report=reports.append)
+    choice = use_caches(model, [data], "auto", read_only, passes=30)
     assert not choice.use
     assert data.pictures is data.gallery
-    assert "not used, cannot" in reports[0]
-    assert "--cache-dir" in reports[0]
+    assert "not used, cannot" in caplog.messages[0]
+    assert "--cache-dir" in caplog.messages[0]
 
 
 def test_a_complete_cache_in_a_read_only_folder_is_used(world, tmp_path, monkeypatch):
     model = make_small_model()
     train = open_cirr(world, model, "train")
-    use_caches(model, [train], "tokens", tmp_path, report=None)
+    use_caches(model, [train], "tokens", tmp_path)
     for name in ("mkdir", "write_bytes", "unlink"):
         monkeypatch.setattr(Path, name, refuse_to_write)
     monkeypatch.setattr(cala.library.cache.build, "save_shard", refuse_to_write)
     for kind in ("tokens", "auto"):
         data = open_cirr(world, model, "train")
-        assert use_caches(model, [data], kind, tmp_path, report=None).use
+        assert use_caches(model, [data], kind, tmp_path).use
         assert isinstance(data.pictures, TokenCache)
 
 
@@ -735,14 +738,14 @@ def test_targets_that_train_are_refused(world, tmp_path):
     model = make_small_model("both")
     gallery = open_cirr(world, model, "train").gallery
     with pytest.raises(CalaError, match="the image encoder trains.*--encoder multi or text, or --cache tokens"):
-        cache_targets(TargetSide(model.backbone), gallery, tmp_path, report=None)
+        cache_targets(TargetSide(model.backbone), gallery, tmp_path)
 
 
 def test_a_part_of_a_data_set_reads_its_part_of_the_targets(world, tmp_path):
     model = make_small_model()
     data = open_cirr(world, model, "val")
-    tokens = build_silently(model.backbone.trunk, data.gallery, tmp_path)
-    targets = cache_targets(TargetSide(model.backbone), data.gallery, tmp_path, tokens, report=None)
+    tokens = cache_tokens(model.backbone.trunk, data.gallery, tmp_path)
+    targets = cache_targets(TargetSide(model.backbone), data.gallery, tmp_path, tokens)
     part = open_cirr(world, model, "val")
     names = part.gallery.names[1::2]
     part.gallery = part.gallery.without(set(part.gallery.names) - set(names))

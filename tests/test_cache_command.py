@@ -60,7 +60,7 @@ def test_size_and_time_are_printed_before_the_work(world, tmp_path, capsys, monk
         printed.append(capsys.readouterr().out)
         raise CalaError("it has begun")
 
-    monkeypatch.setattr(cala.library.cache.jobs, "cache_tokens", begin)
+    monkeypatch.setattr(cala.library.cache.jobs.CacheBuild, "finish", begin)
     with pytest.raises(SystemExit):
         run_cache(world, tmp_path / "cache")
     assert "to write into" in printed[0]

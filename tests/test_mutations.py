@@ -523,7 +523,7 @@ def test_damaged_notes_of_a_cache_cost_time_and_nothing_else(small, tmp_path):
     gallery = CIRR(small, "val", transform=image_transform("targetpad", 16)).gallery
 
     def make():
-        return cache_tokens(Trunk(), gallery, tmp_path / "cache", report=None)
+        return cache_tokens(Trunk(), gallery, tmp_path / "cache")
 
     right, place, count = make()[:], make().place, Counter()
     kept = {path.name: path.read_bytes() for path in place.iterdir()}

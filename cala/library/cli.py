@@ -7,6 +7,7 @@ several lines, and the hook that would change this is private.
 
 import errno
 import inspect
+import logging
 import os
 import sys
 import tokenize
@@ -170,6 +171,7 @@ def read_word(
         return kind(word)
     except ValueError:
         expected = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
+        expected = getattr(kind, "expected", expected)
         raise CalaError(f"{flag} {word}: give {expected}") from None
 
 
@@ -233,8 +235,24 @@ def one_line(
 
 
 @contextmanager
+def print_log() -> Iterator[None]:
+    "Print what the library writes to the logger `cala`: the message alone, on standard output."
+    logger, handler = logging.getLogger("cala"), logging.StreamHandler(sys.stdout)
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+@contextmanager
 def prepare_output() -> Iterator[None]:
-    """Prepare standard output and warnings for a user while a command runs.
+    """Prepare standard output, messages and warnings for a user while a command runs.
 
     A character that the terminal does not know is printed as `\\xe9`. cala's own warnings are lines that begin with
     `note:`; warnings for programmers are hidden. What was printed is flushed, so that a closed pipe or a full disk is
@@ -248,7 +266,7 @@ def prepare_output() -> Iterator[None]:
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), print_log():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.formatwarning = format_note

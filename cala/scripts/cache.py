@@ -20,7 +20,7 @@ class Caching(Recipe):
 
     cache: str = "auto"  # tokens: the frozen trunk's; auto: and targets, where --encoder leaves them constant
     splits: str = "train,val"  # of the data set, separated by commas: train, val, test1 (CIRR), test (FashionIQ)
-    checkpoint: str = None  # take backbone and transform from this folder that cala-train wrote
+    checkpoint: str | None = None  # take backbone and transform from this folder that cala-train wrote
     dry_run: bool = False  # print what it would cost, build nothing
     verify: bool = False  # read all of it again at the end and compare with checksums
 
@@ -39,4 +39,4 @@ def main(
     "Compute what the frozen modules give for every picture, once, on disk; print before what it costs."
     from cala.library.cache.jobs import prepare_caches
 
-    return prepare_caches(recipe)
+    return prepare_caches(recipe, recipe.splits, recipe.checkpoint, recipe.dry_run, recipe.verify)

@@ -5,11 +5,13 @@ build that is killed goes on where it stopped. With several processes, process i
 leaves the remainder i when divided by n, so that no two processes write the same file.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 from typing import NamedTuple
 
 import torch
@@ -17,10 +19,10 @@ from torch import distributed
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ...data import Gallery
 from ...errors import CalaError
+from ...progress import show_progress
 from ...retrieval import evaluating
 from ..files import FileMark
 from ..files import mark_file
@@ -28,6 +30,7 @@ from .files import OTHER_FOLDER
 from .files import Shard
 from .files import cache_place
 from .files import describe_cache
+from .files import find_cache
 from .files import fingerprint
 from .files import finished_rows
 from .files import save_shard
@@ -47,7 +50,7 @@ class GalleryRows(Dataset):
         self,
         gallery: Gallery,
         rows: list[int],
-        tokens: Dataset = None,  # a TokenCache to read instead of pictures
+        tokens: Any = None,  # a TokenCache to read instead of pictures
     ):
         self.gallery, self.rows, self.tokens = gallery, rows, tokens
 
@@ -168,6 +171,15 @@ def process_index_and_count() -> tuple[int, int]:
     return 0, 1
 
 
+def log_once(
+    message: str,
+    level: int = logging.INFO,
+):
+    "Write a message to the logger `cala`, on the first process only."
+    if process_index_and_count()[0] == 0:
+        logging.getLogger("cala").log(level, message)
+
+
 def run_on_all_processes(
     work: Callable,  # without arguments
 ):
@@ -178,7 +190,7 @@ def run_on_all_processes(
     except CalaError as raised:
         error = raised
     _, count = process_index_and_count()
-    errors = [error]
+    errors: list[CalaError | None] = [error]
     if count > 1:
         errors = [None] * count
         distributed.all_gather_object(errors, error)
@@ -201,21 +213,26 @@ class CacheBuild:
         dtype: str = "float32",  # or float16
         batch_size: int = 64,  # inputs of the module at a time
         num_workers: int = 0,  # processes that decode
-        weights: str = None,  # `fingerprint(module)`, if it is known
-        tokens: Dataset = None,  # a TokenCache of the gallery that the module reads instead of pictures
-        trunk: nn.Module = None,  # in an estimate, makes these tokens while the cache is not there yet
-        report: Callable = None,  # called with messages for the user
+        weights: str | None = None,  # `fingerprint(module)`, if it is known
+        tokens: Any = None,  # a TokenCache of the gallery that the module reads instead of pictures
+        trunk: nn.Module | None = None,  # in an estimate, makes these tokens while the cache is not there yet
     ):
-        self.module, self.gallery, self.dtype = module, gallery, dtype
+        self.module, self.gallery, self.folder, self.dtype = module, gallery, folder, dtype
         self.batch_size, self.num_workers = batch_size, num_workers
         self.tokens, self.trunk = tokens, trunk
-        self.report = report if process_index_and_count()[0] == 0 else None
         self.about = describe_cache(weights or fingerprint(module), gallery, dtype)
         self.place = cache_place(folder, self.about)
-        self.rows = unfinished_rows(gallery, finished_rows(self.place, report))
+        self.rows = unfinished_rows(gallery, self.find_finished_rows())
         if self.rows and gallery.missing:
             count = f"{len(gallery.missing):,} of {len(gallery):,}"
             raise CalaError(f"{count} pictures are missing; cala-check lists them")
+
+    def find_finished_rows(self) -> dict[int, FileMark]:
+        "The rows that are on disk, with the marks of their pictures; a damaged shard counts as absent."
+        finished, errors = finished_rows(self.place)
+        for error in errors:
+            log_once(f"{error}: its pictures are computed again", logging.WARNING)
+        return finished
 
     @cached_property
     def cost(self) -> Estimate:
@@ -243,7 +260,8 @@ class CacheBuild:
 
     def run(
         self,
-        part: tuple[int, int] = None,  # which part of how many; None: this process's, as torch.distributed has it
+        part: tuple[int, int]
+        | None = None,  # which part of how many; None: this process's, as torch.distributed has it
     ):
         "Compute and write the rows of this process, a shard at a time."
         index, count = part or process_index_and_count()
@@ -251,8 +269,7 @@ class CacheBuild:
         if not rows:
             return
         check_disk_space(self.place, self.cost.row_bytes * len(rows))
-        if self.report:
-            self.report(f"{self.cost}, in {self.place}")
+        log_once(f"{self.cost}, in {self.place}")
         write_description(self.place, self.about)
         dataset = GalleryRows(self.gallery, rows, self.tokens)
         shards = {}
@@ -261,13 +278,18 @@ class CacheBuild:
         loader = DataLoader(
             dataset, batch_sampler=list(shards.values()), collate_fn=collate_rows, num_workers=self.num_workers
         )
-        with tqdm(total=len(rows), desc="cache", unit="picture", disable=None) as bar:
+        with show_progress(None, "cache", len(rows), "pictures", is_hidden=index > 0) as bar:
             for number, batch in zip(shards, loader, strict=True):
                 if batch.error:
                     raise CalaError(batch.error)
                 outputs = run_trunk(self.module, batch.inputs, self.dtype, self.batch_size)
                 self._save(number, batch, outputs)
                 bar.update(len(batch.rows))
+
+    def finish(self) -> Path:
+        "Compute what is missing, on all processes together, and give the folder of the complete cache."
+        run_on_all_processes(self.run)
+        return find_cache(self.gallery, self.folder, self.about)
 
     def _save(self, number, batch, outputs):
         "Write a shard: the new rows, and the rows of the old file that are still good."

@@ -193,7 +193,7 @@ def save_shard(
     marks: Sequence[FileMark],  # n, of the pictures' files
 ):
     "Write a shard as a whole."
-    lines = [[*mark, crc32(row.numpy())] for mark, row in zip(marks, values, strict=True)]
+    lines = [[*mark, crc32(row.numpy().tobytes())] for mark, row in zip(marks, values, strict=True)]
     header = dict(marks=json.dumps(lines), place=path.parent.name)
     advice = f"what is done is kept; make room and start again, or {OTHER_FOLDER}"
     write_atomically(path, to_safetensors({"tokens": values}, header), concurrent=True, advice=advice)
@@ -201,19 +201,17 @@ def save_shard(
 
 def finished_rows(
     place: Path,  # the folder of one cache
-    report: Callable = None,  # called with a message for each damaged shard
-) -> dict[int, FileMark]:
+) -> tuple[dict[int, FileMark], list[CalaError]]:  # and an error for each damaged shard
     "The rows that are on disk, with the marks of their pictures."
-    finished = {}
+    finished, errors = {}, []
     for path in shard_paths(place):
         try:
             shard = Shard(path)
         except CalaError as error:
-            if report:
-                report(f"{error}: its pictures are computed again")
+            errors.append(error)
             continue
         finished |= dict(enumerate(shard.marks, shard.first_row))
-    return finished
+    return finished, errors
 
 
 def unfinished_rows(
@@ -239,10 +237,9 @@ def find_cache(
     place = cache_place(folder, about)
     if not shard_paths(place):
         raise CalaError(f"{explain_absence(folder, about)}; build these with cala-cache")
-    finished = {}
-    for path in shard_paths(place):
-        shard = Shard(path)
-        finished |= dict(enumerate(shard.marks, shard.first_row))
+    finished, errors = finished_rows(place)
+    if errors:
+        raise errors[0]
     unfinished = unfinished_rows(gallery, finished, thorough)
     changed = [gallery.paths[row] for row in unfinished if row in finished]
     if changed:

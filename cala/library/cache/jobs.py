@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from accelerate import PartialState
 
+from ...data import FashionIQ
 from ...data import Triplets
 from ...encoders import Backbone
 from ...model import CaLa
@@ -16,11 +17,10 @@ from ...training import make_model
 from ...training import open_split
 from ..checkpoint import load_checkpoint
 from ..checkpoint import read_recipe
+from . import TargetCache
 from . import TargetSide
 from . import TokenCache
 from . import cache_folder
-from . import cache_targets
-from . import cache_tokens
 from . import make_target_side
 from . import trunk_dtype
 from .build import CacheBuild
@@ -35,33 +35,36 @@ class Job(NamedTuple):
 
     kind: str  # tokens or targets
     dataset: Triplets
-    side: TargetSide | None  # of targets
+    side: TargetSide | None  # None for tokens
     build: CacheBuild
 
 
 def load_model(
-    recipe: Recipe,  # with `checkpoint`; changed in place: the checkpoint knows the transform and what trains
+    recipe: Recipe,  # changed in place: a checkpoint knows the transform and what trains
+    checkpoint: str | None = None,  # folder that cala-train wrote; None: a new model
 ) -> CaLa:
     "The model whose frozen modules are cached."
-    if not recipe.checkpoint:
+    if not checkpoint:
         (data,) = open_split(recipe, "train")
         return make_model(recipe, [text for triplet in data.triplets for text in triplet.captions])
-    saved = read_recipe(recipe.checkpoint)["recipe"]
+    saved = read_recipe(checkpoint)["recipe"]
     for key in ("transform", "target_ratio", "encoder"):
         setattr(recipe, key, saved.get(key) or getattr(recipe, key))
-    model = load_checkpoint(recipe.checkpoint, weights=recipe.backbone_weights, tokenizer=recipe.tokenizer)
-    model.backbone.fine_tune(recipe.encoder)
+    files = dict(weights=recipe.backbone_weights, tokenizer=recipe.tokenizer)
+    model = load_checkpoint(checkpoint, **{name: value for name, value in files.items() if value})
+    model.backbone.fine_tune(recipe.encoder or "both")
     return model
 
 
 def open_splits(
-    recipe: Recipe,  # with `splits`
+    recipe: Recipe,
+    splits: str,  # separated by commas: train, val, test1 (CIRR), test (FashionIQ)
     backbone: Backbone,
 ) -> list[Triplets]:
     "The data sets of all splits; FashionIQ has one for each category except in train."
     transform = backbone.transform(recipe.transform, recipe.target_ratio)
     datasets = []
-    for split in recipe.splits.replace(",", " ").split():
+    for split in splits.replace(",", " ").split():
         datasets += open_split(recipe, split, transform)
     for data in datasets:
         data.require_pictures(recipe.allow_missing)
@@ -77,16 +80,15 @@ def plan_jobs(
     backbone, folder = model.backbone, cache_folder(recipe.cache_dir, recipe.data_root)
     dtype = trunk_dtype(backbone) if recipe.cache_dtype == "auto" else recipe.cache_dtype
     weights = fingerprint(backbone.trunk)
-    options = dict(num_workers=recipe.num_workers, report=print)
-    jobs = []
+    workers, jobs = recipe.num_workers, []
     for data in datasets:
-        build = CacheBuild(backbone.trunk, data.gallery, folder, dtype, weights=weights, **options)
+        build = CacheBuild(backbone.trunk, data.gallery, folder, dtype, num_workers=workers, weights=weights)
         jobs.append(Job("tokens", data, None, build))
     for data in datasets:
         side = make_target_side(model, data)
         if recipe.cache == "auto" and side.is_constant:
-            key = side.fingerprint(weights)
-            build = CacheBuild(side, data.gallery, folder, dtype, weights=key, trunk=backbone.trunk, **options)
+            key, trunk = side.fingerprint(weights), backbone.trunk
+            build = CacheBuild(side, data.gallery, folder, dtype, num_workers=workers, weights=key, trunk=trunk)
             jobs.append(Job("targets", data, side, build))
     return jobs
 
@@ -95,7 +97,7 @@ def name_gallery(
     data: Triplets,
 ) -> str:
     "The split, and the category where a gallery has one."
-    if data.name == "FashionIQ" and data.split != "train":
+    if isinstance(data, FashionIQ) and data.split != "train":
         return f"{data.split} {' '.join(data.categories)}"
     return data.split
 
@@ -134,43 +136,41 @@ def describe_total(
 
 def build_jobs(
     jobs: list[Job],
-    model: CaLa,  # on its device
-    folder: Path,  # holds all caches
-    num_workers: int = 0,  # processes that decode
 ) -> list[TokenCache]:
     "Build what is missing, and open all of it."
-    trunk = model.backbone.trunk
-    weights = fingerprint(trunk)
     tokens, caches = {}, []  # tokens: by data set, to make its targets from
-    for kind, data, side, build in jobs:
-        options = dict(dtype=build.dtype, num_workers=num_workers, report=None, weights=weights)
-        if kind == "tokens":
-            tokens[id(data)] = cache_tokens(trunk, data.gallery, folder, **options)
+    for _, data, side, build in jobs:
+        names = data.gallery.names
+        if side is None:
+            tokens[id(data)] = TokenCache(build.finish(), names)
             caches.append(tokens[id(data)])
         else:
-            caches.append(cache_targets(side, data.gallery, folder, tokens[id(data)], **options))
+            build.tokens = tokens[id(data)]
+            caches.append(TargetCache(build.finish(), names, side.extra_feature))
     return caches
 
 
 def prepare_caches(
-    recipe: Recipe,  # with splits, checkpoint, dry_run and verify, as cala-cache has them
-) -> list[TokenCache]:  # empty after --dry-run
+    recipe: Recipe,  # a run that will read the caches
+    splits: str,  # as for `open_splits`
+    checkpoint: str | None = None,  # as for `load_model`
+    dry_run: bool = False,  # print what it would cost, build nothing
+    verify: bool = False,  # read all of it again at the end and compare with checksums
+) -> list[TokenCache]:  # empty after a dry run
     "Plan the caches of a run, print what they cost, and build them; several processes share the work."
     state, start = PartialState(), perf_counter()
-    report = print if state.is_main_process else lambda *words: None
-    model = load_model(recipe).to(state.device)
+    model = load_model(recipe, checkpoint).to(state.device)
     folder = cache_folder(recipe.cache_dir, recipe.data_root)
-    jobs = plan_jobs(recipe, model, open_splits(recipe, model.backbone))
-    report(make_table(jobs).to_string(index=False))
-    report(describe_total(jobs, folder))
-    if recipe.dry_run:
+    jobs = plan_jobs(recipe, model, open_splits(recipe, splits, model.backbone))
+    state.print(make_table(jobs).to_string(index=False))
+    state.print(describe_total(jobs, folder))
+    if dry_run:
         return []
-    caches = build_jobs(jobs, model, folder, recipe.num_workers)
-    if recipe.verify:
+    caches = build_jobs(jobs)
+    if verify:
         for cache in caches:
             cache.verify()
     size, duration = format_bytes(sum(cache.disk_bytes for cache in caches)), format_seconds(perf_counter() - start)
     processes = f", {state.num_processes} processes" if state.num_processes > 1 else ""
-    verified = ", verified" if recipe.verify else ""
-    report(f"{size} in place after {duration}{processes}{verified}")
+    state.print(f"{size} in place after {duration}{processes}{', verified' if verify else ''}")
     return caches
