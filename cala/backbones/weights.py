@@ -5,6 +5,7 @@ import pickle
 import ssl
 import warnings
 import zipfile
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from urllib.request import urlretrieve
 
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from ..errors import CalaError
+from ..progress import show_progress
 
 FLAG = "--backbone-weights"
+MEGABYTE = 10**6
 
 
 def shorten(
@@ -100,17 +102,23 @@ def cache_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-class DownloadBar(tqdm):
-    "A progress bar that `urlretrieve` can move."
+def make_report_hook(
+    bar: Any,  # from `show_progress`, in megabytes
+) -> Callable:  # for `urlretrieve`
+    "A function that moves a bar while a file arrives."
 
-    def move(
-        self,
+    def move_bar(
         blocks: int,  # received so far
         block_size: int,  # bytes of one
         total: int,  # bytes of the file; below 1 if the server does not name it
     ):
-        self.total = total if total > 0 else None
-        self.update(min(blocks * block_size, self.total or blocks * block_size) - self.n)
+        received = blocks * block_size
+        if total > 0:
+            bar.total = total // MEGABYTE
+            received = min(received, total)
+        bar.update(received // MEGABYTE - bar.n)
+
+    return move_bar
 
 
 def fetch(
@@ -128,8 +136,8 @@ def fetch(
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with DownloadBar(desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            urlretrieve(url, partial, bar.move)
+        with show_progress(title=path.name, unit="MB", is_part=True) as bar:
+            urlretrieve(url, partial, make_report_hook(bar))
         misfit = describe_misfit(partial)
         if misfit:
             raise missing_file(path.name, url, advice, f"what the server sent {misfit}")
@@ -185,6 +193,19 @@ def has_hub_layout(
     if path.is_dir():
         return any(any(path.glob(pattern)) for pattern in patterns)
     return path.is_file() and (path.name.startswith("pytorch_model") or is_safetensors(path))
+
+
+def list_hub_files(
+    folder: str | Path,  # of a model, or the model's folder in the Hub's cache
+) -> list[Path]:
+    "The files of weights in a folder of the Hugging Face Hub."
+    folder = Path(folder)
+    main, snapshots = folder / "refs" / "main", list(folder.glob("snapshots/*"))
+    if main.is_file():
+        folder = folder / "snapshots" / main.read_text().strip()
+    elif len(snapshots) == 1:
+        folder = snapshots[0]
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def describe_misfit(

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from ..data import Triplets
 from ..data import collate
@@ -58,6 +57,7 @@ from .stage1 import note_made
 from .worlds.garments import draw_fashioniq
 from .worlds.scenes import draw_cirr
 from ..model import CaLa
+from ..progress import show_progress
 from ..recipe import Recipe
 from ..retrieval import evaluate
 from ..training import Callback
@@ -472,7 +472,7 @@ def run_parallel(
     function: Callable,  # of this module
     calls: list,  # a tuple of arguments for each call
     workers: int,  # processes
-    title: str,  # of the progress bar
+    title: str,  # of the work, for its progress
 ) -> None:
     "Make all calls in processes of their own; the first error stops them."
     if not calls:
@@ -481,7 +481,7 @@ def run_parallel(
     with ProcessPoolExecutor(workers, context) as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
         try:
-            for future in tqdm(as_completed(futures), title, len(futures)):
+            for future in show_progress(as_completed(futures), title, len(futures)):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from pathlib import PurePath
 
 import pandas as pd
-from tqdm import tqdm
 
 from ..annotations import CATEGORIES
 from ..annotations import FOLDERS
@@ -26,6 +25,7 @@ from ..errors import CalaError
 from ..pictures import PICTURE_FOLDERS
 from ..pictures import find_picture_fault
 from ..pictures import read_picture
+from ..progress import show_progress
 
 SHOWN = 10  # lines of each kind
 
@@ -154,7 +154,7 @@ def audit_pictures(
     paths: list[Path],
     root: Path,  # links must not lead out of this folder
     deep: bool,  # decode each picture
-    title: str,  # of the progress bar
+    title: str,  # of the work, for its progress
 ) -> tuple[list[Path], list[str]]:
     "The pictures that are missing, and why others are broken."
     present = [path for path in paths if os.path.isfile(path)]
@@ -171,5 +171,5 @@ def audit_pictures(
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's warnings of decompression bombs; they are among the faults
         faults = pool.map(find_fault, present) if deep else map(find_fault, present)
-        progress = tqdm(faults, title, len(present), disable=None if deep else True, leave=False)
-        return sorted(set(paths) - set(present)), [fault for fault in progress if fault]
+        faults = show_progress(faults, title, len(present), "pictures", is_hidden=not deep, is_part=True)
+        return sorted(set(paths) - set(present)), [fault for fault in faults if fault]

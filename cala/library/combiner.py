@@ -19,7 +19,6 @@ from types import MethodType
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..composition import Combiner
 from ..contrast import contrast
@@ -35,6 +34,7 @@ from .loading import build_model
 from .loading import embed_dataset
 from .loading import hash_weights
 from ..model import CaLa
+from ..progress import show_progress
 from ..retrieval import Embedded
 from ..retrieval import evaluating
 from ..retrieval import measure
@@ -248,14 +248,15 @@ def fit_combiner(
     val: Triplets,  # data set to validate on
     recipe: CombinerRecipe,
     folder: Path,  # gets log.csv, metrics.csv, best/ and, where it fits, combiner.pt
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show how far the training is
 ) -> tuple[list, list]:
     "Train the Combiner on frozen features; returns log and metrics, a row an epoch."
     train_features, val_features, text_features = embed_features(model, train, val, recipe)
     released_form = model.backbone.config["name"] != PICTURE_ALONE
     optimizer = torch.optim.AdamW(model.frame.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     log, metrics = [], []
-    for epoch in tqdm(range(1, recipe.num_epochs + 1), "combiner", disable=None if progress else True):
+    epochs = range(1, recipe.num_epochs + 1)
+    for epoch in show_progress(epochs, "combiner", unit="epochs", is_hidden=not progress):
         torch.manual_seed(recipe.seed * 100_003 + epoch)  # for dropout
         loss = train_epoch(model.frame, optimizer, make_batches(epoch, train, train_features, text_features, recipe))
         log.append(dict(epoch=epoch, loss=loss))

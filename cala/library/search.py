@@ -30,7 +30,6 @@ from safetensors.torch import load
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..composition import Sum
 from ..errors import CalaError
@@ -52,6 +51,7 @@ from .show.cards import show_pictures
 from .show.style import BLUE
 from ..model import CaLa
 from ..pictures import read_picture
+from ..progress import show_progress
 from ..retrieval import evaluating
 
 # %% ../../nbs/library/search.ipynb #01fb86f6
@@ -357,7 +357,7 @@ def embed_pictures(
     device = find_device(device)
     rows, features, broken = [], [], {}
     loader = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list)
-    with evaluating(model.to(device)), tqdm(total=len(pictures), desc="index", unit="picture", disable=None) as bar:
+    with evaluating(model.to(device)), show_progress(None, "index", len(pictures), "pictures") as bar:
         for batch in loader:
             tensors = []
             for row, tensor in batch:

@@ -1131,7 +1131,7 @@ LESSONS = (
     "11  findings",
 )
 WITHOUT_MODULE = "00  task", "11  findings"
-PLAIN = ("annotations", "errors", "options", "pictures", "recipe", "trust")
+PLAIN = ("annotations", "errors", "options", "pictures", "progress", "recipe", "trust")
 BACKBONES = ("blip2", "clip", "contract", "weights")
 LIBRARY = (
     "ablation",
@@ -1148,6 +1148,7 @@ LIBRARY = (
     "flags",
     "gallery",
     "gradcache",
+    "hub",
     "loading",
     "probes",
     "processes",
@@ -1186,7 +1187,7 @@ def draw_wings() -> Figure:
         f"Modules of the method without a lesson: {', '.join(PLAIN)}. Backbones: {', '.join(BACKBONES)}. "
         f"Library: {', '.join(LIBRARY)}. Scripts: {', '.join(SCRIPTS)}."
     )
-    figure = Figure(900, 752, "The four wings of the project", description)
+    figure = Figure(900, 784, "The four wings of the project", description)
     figure.heading(
         "The four wings of the project",
         "An arrow means: imports from. A wing imports only from wings to its left.",
@@ -1215,7 +1216,7 @@ def draw_wings() -> Figure:
 
 def draw_wing(figure: Figure, x: float, width: float, name: str, notebooks: str, package: str) -> Box:
     "The panel of a wing, without its modules."
-    panel = figure.box(x, 114, width, 620, look="panel", radius=10, stroke=1.2)
+    panel = figure.box(x, 114, width, 652, look="panel", radius=10, stroke=1.2)
     figure.text(panel.middle_x, 138, name, 17, bold=True)
     figure.lines(panel.middle_x, 169, f"~{notebooks}", f"~{package}", size=13, room=width - 8)
     return panel
