@@ -101,7 +101,7 @@ class LoopRecipe:
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it twice; the same numbers
     compile: bool = False  # compile trunk and encoders with torch.compile; needs a C++ compiler
     skip_nonfinite: bool = False  # leave out steps whose loss is not finite, and count them
-    rank_timeout: int = number(1800, above=0)  # seconds that a process waits for the others before it gives up
+    process_timeout: int = number(1800, above=0)  # seconds that a process waits for the others before it gives up
 
 
 @dataclass

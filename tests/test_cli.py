@@ -91,6 +91,28 @@ def test_every_spelling_of_a_flag_is_read(line, field_values):
     assert read(line) == Flags(**field_values)
 
 
+def test_a_flag_of_one_letter_is_read_with_one_hyphen_too():
+    def search(k: int = 10):
+        pass
+
+    assert read("-k 3", search) == read("--k 3", search) == read("-k3", search) == dict(k=3)
+    assert refusal("-k", search).startswith("argument --k/-k: expected one argument")
+
+
+def test_the_old_name_of_a_flag_is_read():
+    from cala.recipe import Recipe
+
+    for name in "--process-timeout", "--rank-timeout", "--rank_timeout":
+        assert read(f"{name} 20", Recipe).process_timeout == 20
+    assert refusal("--rank-timeout 0", Recipe).startswith("--process-timeout 0: give a number above 0")
+
+
+def test_the_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read("--version")
+    assert not ended.value.code and capsys.readouterr().out == f"cala {cala.__version__}\n"
+
+
 def test_a_quoted_list_is_read():
     assert parse_flags(Flags, ["--categories", " dress  toptee "]).categories == ("dress", "toptee")
 
@@ -114,14 +136,27 @@ UNKNOWN = "unrecognized arguments:"
         ("-num-epochs 2", f"{UNKNOWN} -num-epochs 2; did you mean --num-epochs?"),
         ("--no-save-bets", f"{UNKNOWN} --no-save-bets; did you mean --no-save-best?"),
         ("--photos x", f"{UNKNOWN} --photos x; --help lists every flag"),
-        ("--save-best True", f"{UNKNOWN} True; --help lists every flag"),
+        ("--seed 3", f"{UNKNOWN} --seed 3; did you mean --seeds?"),
+        ("--model x", f"{UNKNOWN} --model x; did you mean --model-name?"),
+        ("--rate 1", f"{UNKNOWN} --rate 1; --help lists every flag"),  # a wrong guess would not help
+        ("--device cuda", f"{UNKNOWN} --device cuda; CUDA_VISIBLE_DEVICES=0 chooses the first GPU"),
+        ("--lr 1", f"{UNKNOWN} --lr 1; did you mean --learning-rate?"),
+        ("a b --num-epochs 2", f"{UNKNOWN} a b; --help lists every flag"),
+        ("--save-best True", "--save-best True: this flag takes no value; give --save-best or --no-save-best"),
+        ("--no_save-best=1", "--no-save-best 1: this flag takes no value"),
+        ("--data-root my data --save-best", "--data-root my data: this flag takes one value; put quotes around"),
+        ("--data-root=my data", "--data-root my data: this flag takes one value"),
+        ("--num-epochs 2 -3", "--num-epochs 2 -3: this flag takes one value"),
         ("--num-epochs", "argument --num-epochs: expected one argument; --help lists every flag"),
         ("--num-epochs two", "--num-epochs two: give a whole number"),
         ("--num-epochs 1.5", "--num-epochs 1.5: give a whole number"),
+        ("--num-epochs 99999999999999999999", "--num-epochs 99999999999999999999: give a number up to 9223372036"),
         ("--learning_rate 1e", "--learning-rate 1e: give a number"),
+        ("--learning_rate nan", "--learning-rate nan: give a number that is finite"),
+        ("--learning_rate=-inf", "--learning-rate -inf: give a number that is finite"),
         ("--seeds 1 b", "--seeds b: give a whole number"),
         ("--dataset COCO", "--dataset COCO: choose one of CIRR, FashionIQ"),
-        ("--save-best=yes", "argument --save-best"),
+        ("--save-best=yes", "--save-best yes: this flag takes no value"),
     ],
 )
 def test_a_wrong_flag_or_value_is_one_line(words, message):

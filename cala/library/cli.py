@@ -13,6 +13,7 @@ import sys
 import tokenize
 import warnings
 from argparse import SUPPRESS
+from argparse import Action
 from argparse import ArgumentParser
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from io import StringIO
+from math import isfinite
 from pathlib import Path
 from textwrap import dedent
 from types import FrameType
@@ -31,11 +33,19 @@ from typing import get_args
 from typing import get_origin
 from typing import get_type_hints
 
+from .. import __version__ as version
 from ..errors import CalaError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 # From words to flags
+
+OLD_FLAGS = {"--rank-timeout": "--process-timeout"}  # still read
+NO_FLAGS = {  # no command has such a flag, and people try it
+    "--device": "CUDA_VISIBLE_DEVICES=0 chooses the first GPU, CUDA_VISIBLE_DEVICES= the CPU",
+    "--lr": "did you mean --learning-rate?",
+}
+LARGEST = 2**63 - 1  # of the whole numbers that torch and Python's own iterators take
 
 
 class FlagParser(ArgumentParser):
@@ -61,14 +71,16 @@ def parse_flags(
     parser = FlagParser(
         prog, usage="%(prog)s [flags]", description=config.__doc__, argument_default=SUPPRESS, allow_abbrev=False
     )
-    flags = []
+    parser.add_argument("--version", action="version", version=f"cala {version}", help="show the version and exit")
+    actions = {}
     for name, parameter in parameters.items():
-        flags += add_flag(parser, name, hints.get(name, str), parameter.default, comments.get(name, ""))
+        action = add_flag(parser, name, hints.get(name, str), parameter.default, comments.get(name, ""))
+        actions |= dict.fromkeys(action.option_strings, action)
+    check_values(words, actions)
     typed, unknown_words = parser.parse_known_args(words)
     if unknown_words:
-        similar = get_close_matches(unknown_words[0].partition("=")[0], flags, 1)
-        question = f"did you mean {similar[0]}? " if similar else ""
-        raise CalaError(f"unrecognized arguments: {' '.join(unknown_words)}; {question}--help lists every flag")
+        advice = find_advice(unknown_words[0].partition("=")[0], list(actions))
+        raise CalaError(f"unrecognized arguments: {' '.join(unknown_words)}; {advice}--help lists every flag")
     values = {
         name: read_value(value, hints.get(name, str), parameters[name].default, spell_flag(name))
         for name, value in vars(typed).items()
@@ -87,11 +99,62 @@ def read_words(
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             flag = name.replace("_", "-")
+            flag = OLD_FLAGS.get(flag, flag)
             word = flag + equals + value
         if not word.strip() or (word.startswith(flag + "=") and not value.strip()):
             raise CalaError(f"{flag} is empty (an unset shell variable?); give a value, or leave the flag out")
         words.append(word)
     return words
+
+
+def check_values(
+    words: list[str],  # of the command line, from `read_words`
+    actions: dict[str, Action],  # flag -> its action
+):
+    "`CalaError` for a flag with more values than it takes; argparse would not know to which flag they belong."
+    flag, values = "", []
+    for word in [*words, "--"]:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-") or is_number(word):
+            values.append(word)
+            continue
+        action = actions.get(flag)
+        if action and action.nargs == 0 and values:
+            *_, off = action.option_strings
+            raise CalaError(
+                f"{flag} {' '.join(values)}: this flag takes no value; give {action.option_strings[0]} or {off}"
+            )
+        if action and action.nargs is None and len(values) > 1:
+            text = " ".join(values)
+            raise CalaError(f"{flag} {text}: this flag takes one value; put quotes around a value with blanks")
+        flag, values = name, [value] if equals else []
+
+
+def is_number(
+    word: str,  # that begins with a hyphen
+) -> bool:
+    "True for a negative number."
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def find_advice(
+    word: str,  # an unknown one
+    flags: list[str],  # of the command
+) -> str:  # ends with a blank; empty if there is none
+    "The flag that a user may have meant, or another way to do it."
+    if word in NO_FLAGS:
+        return f"{NO_FLAGS[word]} "
+    if not word.startswith("-"):
+        return ""
+    names = {flag.strip("-"): flag for flag in flags}
+    name = word.strip("-")
+    longer = [known for known in names if known.startswith(f"{name}-")]
+    similar = longer[:1] or get_close_matches(name, names, 1, 0.7)
+    return f"did you mean {names[similar[0]]}? " if similar else ""
 
 
 def spell_flag(
@@ -115,7 +178,7 @@ def add_flag(
     hint: Any,  # its type
     default: Any,  # its default, for the help
     comment: str,  # its comment, for the help
-) -> list[str]:  # its spellings: `--x`, or `--x` and `--no-x`
+) -> Action:  # its spellings are `--x`, `--x` and `--no-x`, or `--x` and `-x` for a single letter
     "Add the flag of one field; argparse hands its value on as text."
     is_list = get_origin(hint) in (list, tuple)
     shown = ",".join(map(str, default)) if is_list and isinstance(default, (list, tuple)) else default
@@ -123,18 +186,17 @@ def add_flag(
     text = (f"{comment} (default: {shown})" if has_default else comment).replace("%", "%%")
     is_required = default is inspect.Parameter.empty
     if hint is bool:
-        action = parser.add_argument(spell_flag(name), action=BooleanOptionalAction, required=is_required, help=text)
-        return action.option_strings
+        return parser.add_argument(spell_flag(name), action=BooleanOptionalAction, required=is_required, help=text)
     kind = get_args(hint)[0] if is_list else hint
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    action = parser.add_argument(
-        spell_flag(name),
+    spellings = [spell_flag(name)] if len(name) > 1 else [spell_flag(name), f"-{name}"]
+    return parser.add_argument(
+        *spellings,
         nargs="+" if is_list else None,
         required=is_required,
         metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
         help=text,
     )
-    return action.option_strings
 
 
 def read_value(
@@ -168,11 +230,16 @@ def read_word(
             raise CalaError(f"{flag} {word}: choose one of {', '.join(choices.values())}")
         return choices[word.lower()]
     try:
-        return kind(word)
+        value = kind(word)
     except ValueError:
         expected = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
         expected = getattr(kind, "expected", expected)
         raise CalaError(f"{flag} {word}: give {expected}") from None
+    if isinstance(value, float) and not isfinite(value):
+        raise CalaError(f"{flag} {word}: give a number that is finite")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise CalaError(f"{flag} {word}: give a number up to {LARGEST}")
+    return value
 
 
 def read_comments(

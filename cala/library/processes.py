@@ -127,10 +127,10 @@ def freeze_unused(
 
 # %% ../../nbs/library/processes.ipynb #6220af9f
 def process_settings(
-    recipe: Recipe,  # rank_timeout
+    recipe: Recipe,  # process_timeout
 ) -> list:  # for `Accelerator(kwargs_handlers=...)`
     "How processes exchange gradients, and how long they wait for each other."
-    timeout = timedelta(seconds=recipe.rank_timeout)
+    timeout = timedelta(seconds=recipe.process_timeout)
     return [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
 
 

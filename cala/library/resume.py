@@ -86,7 +86,7 @@ MAY_DIFFER = frozenset(
         "accumulate",
         "gradient_checkpointing",
         "compile",
-        "rank_timeout",
+        "process_timeout",
         "save_steps",
     ]
 )
