@@ -1,0 +1,213 @@
+"""Checkpoints on the Hugging Face Hub: a folder that `cala-train` wrote, with a model card, up and down.
+
+`HubCheckpoint("runs/mine/best").push_to_hub("me/cala-cirr")` uploads one, and
+`HubCheckpoint.from_pretrained("me/cala-cirr").load()` fetches it and gives the model. Both methods are those of
+huggingface_hub's mixin; a token is needed for the first (`hf auth login`). A fetched checkpoint is read as any other:
+its hashes are checked, and no code of it is executed.
+"""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
+from huggingface_hub import ModelHubMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
+
+from .. import __version__
+from ..errors import CalaError
+from ..model import CaLa
+from ..recipe import Recipe
+from .ablation import PLACES
+from .ablation import spell_command
+from .checkpoint import load_checkpoint
+from .checkpoint import read_recipe
+from .checkpoint import seal
+from .files import check_output_folder
+from .files import find_whole_folder
+from .files import write_atomically
+from .results import is_recall
+from .results import label_metric
+
+FILES = "model.safetensors", "recipe.json", "config.json", "README.md"
+PRIVATE = {*PLACES, "resume", "tokenizer", "workspace", "comet_offline"}  # fields of a recipe that tell about a machine
+SNAPSHOT_OPTIONS = "revision", "cache_dir", "force_download", "local_files_only", "token"  # of snapshot_download
+NAME = "your-name/your-model"  # in a model card that was not made for an upload
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+This model answers composed queries: a picture and a sentence that says what should be different. It was trained with
+[cala](https://github.com/cala/cala), which implements CaLa (SIGIR 2024).
+
+- data set: {dataset}
+- backbone: {backbone}
+- how picture and sentence become one query: {frame}
+
+## Use
+
+```python
+from cala.library.hub import HubCheckpoint
+
+model = HubCheckpoint.from_pretrained("{name}").load()
+```
+
+{weights}
+
+## Training
+
+```
+{command}
+```
+
+## Results
+
+{results}
+"""
+
+
+class HubCheckpoint(ModelHubMixin, library_name="cala", tags=["composed-image-retrieval", "cala"]):
+    "A checkpoint folder that can be saved for, pushed to and fetched from the Hugging Face Hub."
+
+    def __init__(
+        self,
+        folder: str | Path,  # that cala-train wrote (best or last); `CalaError` if it is not intact
+    ):
+        self.folder = find_whole_folder(folder)
+        self.content = read_recipe(folder)
+        self._hub_mixin_config = None  # the mixin would save the path of the folder
+
+    def load(
+        self,
+        **backbone_options: str,  # where this machine keeps published weights: weights, tokenizer
+    ) -> CaLa:
+        "The model, in evaluation mode."
+        return load_checkpoint(self.folder, **backbone_options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,  # a folder, or user/name on the Hub
+        **options: Any,  # of the mixin: revision, token, cache_dir, local_files_only ...
+    ) -> "HubCheckpoint":
+        "The checkpoint of a folder, or of a repository of the Hub, which is fetched once."
+        try:
+            return super().from_pretrained(name, **options)
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            advice = "give a folder, or user/name of a model on the Hub that this machine can reach"
+            raise CalaError(f"{name} cannot be fetched ({reason}); {advice}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,  # user/name; made if it does not exist
+        **options: Any,  # of the mixin: private, token, branch, commit_message ...
+    ) -> str:  # address of the commit
+        "Upload the checkpoint with a model card."
+        options["model_card_kwargs"] = dict(name=repo_id) | (options.get("model_card_kwargs") or {})
+        return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(
+        self,
+        name: str = NAME,  # user/name on the Hub
+        **metadata: Any,  # further lines at the head of the card, such as license="mit"
+    ) -> ModelCard:
+        "What the model is, how it was trained and what it reached."
+        return ModelCard(write_card(self.content, name, metadata))
+
+    def _save_pretrained(self, save_directory):
+        "Write weights and recipe without what tells about the machine."
+        check_output_folder(save_directory, FILES, advice="choose another folder")
+        shutil.copyfile(self.folder / "model.safetensors", save_directory / "model.safetensors")
+        content = {name: value for name, value in self.content.items() if name != "seal"}
+        for part, private in (("recipe", PRIVATE), ("backbone", {"weights", "tokenizer"})):
+            content[part] = {name: value for name, value in content[part].items() if name not in private}
+        content["beside"] = {}
+        about = dict(library="cala", version=__version__, backbone=content["backbone"].get("name"))
+        for file, value in (("recipe.json", seal(content)), ("config.json", about)):
+            write_atomically(save_directory / file, json.dumps(value, indent=1).encode())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, **options):
+        "The checkpoint of a folder, or of a repository of the Hub."
+        if Path(model_id).is_dir():
+            return cls(model_id)
+        known = {name: options[name] for name in SNAPSHOT_OPTIONS if name in options}
+        return cls(snapshot_download(model_id, allow_patterns=list(FILES), **known))
+
+
+def write_card(
+    content: dict,  # of a recipe.json
+    name: str,  # user/name on the Hub
+    metadata: dict,  # further lines at the head
+) -> str:
+    "The text of a model card."
+    recipe, metrics = content["recipe"], content["metrics"]
+    dataset = str(recipe.get("dataset") or metrics.get("dataset") or "unknown")
+    recalls = {label_metric(key): value for key, value in metrics.items() if is_recall(key)}
+    scores = [
+        EvalResult(
+            task_type="composed-image-retrieval",
+            dataset_type=dataset.lower(),
+            dataset_name=f"{dataset} {metrics.get('split', 'val')}",
+            metric_type=label,
+            metric_value=round(value, 2),
+        )
+        for label, value in recalls.items()
+    ]
+    named = dict(model_name=name.rpartition("/")[2], eval_results=scores) if scores else {}
+    data = ModelCardData(
+        language="en", library_name="cala", tags=["composed-image-retrieval", "cala"], **named, **metadata
+    )
+    return CARD.format(
+        metadata=data.to_yaml(),
+        name=name,
+        dataset=dataset,
+        backbone=content["backbone"].get("name"),
+        frame=content["model"].get("cir_frame"),
+        weights=describe_trunk(content),
+        command=describe_training(recipe),
+        results=describe_metrics(metrics, recalls),
+    )
+
+
+def describe_trunk(
+    content: dict,  # of a recipe.json
+) -> str:
+    "What the checkpoint holds."
+    if content["backbone"].get("name") == "blip2":
+        return "The frozen trunk is that of the published BLIP-2 and not part of this repository; cala fetches it once."
+    return "The repository holds all weights."
+
+
+def describe_training(
+    recipe: dict,  # of a recipe.json
+) -> str:
+    "The command line of a recipe, or its values where another command than cala-train wrote it."
+    if recipe and set(recipe) <= {each.name for each in fields(Recipe)}:
+        return spell_command(Recipe(**{key: value for key, value in recipe.items() if key not in PRIVATE}))
+    values = {key: value for key, value in recipe.items() if value is not None and key not in PRIVATE}
+    return json.dumps(values) if values else "The checkpoint does not tell."
+
+
+def describe_metrics(
+    metrics: dict,  # of a recipe.json
+    recalls: dict[str, float],  # the recalls among them, by their label
+) -> str:
+    "The validation as a table of Markdown."
+    if not recalls:
+        return "The checkpoint holds no validation."
+    where = f"Validation split, {metrics.get('queries', 0):,} queries, {metrics.get('gallery', 0):,} pictures, percent:"
+    if metrics.get("missing"):
+        where = f"{metrics['missing']:,} pictures were missing. {where}"
+    rows = ["| " + " | ".join(recalls) + " |", "|" + " --- |" * len(recalls)]
+    rows.append("| " + " | ".join(f"{value:.2f}" for value in recalls.values()) + " |")
+    return "\n".join([where, "", *rows])
