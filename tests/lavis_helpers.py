@@ -108,3 +108,82 @@ def allow_float64(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(blip2.LayerNorm, "forward", torch.nn.LayerNorm.forward)
+
+
+def draw_eva(width=64, layers=3, pixels=56):
+    "Random weights of the ViT-g trunk at a reduced size, named and shaped as in LAVIS's eva_vit_g.pth."
+    inner = int(width * 4.3637)
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, (pixels // 14) ** 2 + 1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+    }
+    for number in range(layers):
+        block = {
+            "norm1.weight": (width,),
+            "norm1.bias": (width,),
+            "attn.q_bias": (width,),
+            "attn.v_bias": (width,),
+            "attn.qkv.weight": (3 * width, width),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "norm2.weight": (width,),
+            "norm2.bias": (width,),
+            "mlp.fc1.weight": (inner, width),
+            "mlp.fc1.bias": (inner,),
+            "mlp.fc2.weight": (width, inner),
+            "mlp.fc2.bias": (width,),
+        }
+        shapes |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+HUB_TRUNK = {  # LAVIS's trunk -> transformers, as its script of conversion lists them
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+}
+HUB_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def convert_to_hub(qformer, trunk, layout="published"):
+    """Weights by LAVIS's names as transformers stores them.
+
+    `layout` is that of the published file, or of an older version: first, or proposed."""
+    state = {}
+    for name, tensor in trunk.items():
+        if name in HUB_TRUNK:
+            state[f"vision_model.{HUB_TRUNK[name]}"] = tensor
+            continue
+        _, number, rest = name.split(".", 2)
+        block = f"vision_model.encoder.layers.{number}"
+        if rest in ("attn.q_bias", "attn.v_bias"):
+            if layout == "first":
+                state[f"{block}.self_attn.{rest.removeprefix('attn.')}"] = tensor
+            elif rest == "attn.q_bias":
+                v_bias = trunk[name.replace("q_bias", "v_bias")]
+                state[f"{block}.self_attn.qkv.bias"] = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
+            continue
+        layer, part = rest.rsplit(".", 1)
+        state[f"{block}.{HUB_BLOCK[layer]}.{part}"] = tensor
+    for name, tensor in qformer.items():
+        new = name.replace("ln_vision.", "vision_model.post_layernorm.")
+        new = new.replace("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm.")
+        new = new.replace("Qformer.bert.embeddings.", "qformer.embeddings." if layout == "first" else "embeddings.")
+        new = new.replace("Qformer.bert.", "qformer.").replace("attention.self.", "attention.attention.")
+        state[new] = tensor
+        if layout == "proposed" and "embeddings.LayerNorm" in name:
+            state[name.replace("Qformer.bert.", "")] = tensor.clone()
+    projections = ("vision_proj", "text_proj") if layout == "proposed" else ("vision_projection", "text_projection")
+    for name in (*projections, "itm_head"):
+        state |= {f"{name}.weight": torch.zeros(2, 2), f"{name}.bias": torch.zeros(2)}
+    return state

@@ -2,13 +2,19 @@
 
 import shutil
 import urllib.error
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from PIL import Image
 from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 import cala.backbones.blip2 as blip2
 import cala.backbones.weights as weights
@@ -16,8 +22,10 @@ from cala.backbones.blip2 import SIZES
 from cala.backbones.blip2 import FrozenTrunk
 from cala.backbones.blip2 import WordPieces
 from cala.backbones.blip2 import clip_tower
+from cala.backbones.blip2 import eva_tower
 from cala.backbones.blip2 import load_lavis_state
 from cala.backbones.blip2 import load_tower
+from cala.backbones.blip2 import translate_trunk
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library.checkpoint import save_checkpoint
@@ -32,6 +40,8 @@ from hostile import Bomb
 from lavis_helpers import VOCABULARY
 from lavis_helpers import Stub
 from lavis_helpers import allow_float64
+from lavis_helpers import convert_to_hub
+from lavis_helpers import draw_eva
 from lavis_helpers import features
 from lavis_helpers import lavis_model
 from lavis_helpers import needs_lavis
@@ -192,44 +202,103 @@ def test_whole_model_without_lavis_equals_lavis(full, monkeypatch):
     same(say(backbone, images, CAPTIONS[:1]), outputs)
 
 
-@needs_lavis
-def test_vit_g_comes_through_lavis_and_equals_lavis(tmp_path, monkeypatch):
-    "`pretrain`: EVA-CLIP ViT-g at its width, of its 39 blocks two."
+@contextmanager
+def small_eva_of_lavis():
+    "LAVIS's EVA trunk has two blocks of width 176 and reads 56 pixels."
     from lavis.models import eva_vit
 
-    whole = eva_vit.VisionTransformer
-    monkeypatch.setattr(eva_vit, "VisionTransformer", lambda **options: whole(**{**options, "depth": 2}))
-    model, images = lavis_model(tmp_path, vit_model="eva_clip_g", **SMALL), torch.randn(2, 3, 224, 224)
-    state = model.state_dict()
-    torch.save(model.visual_encoder.state_dict(), tmp_path / "eva_vit_g.pth")
-    torch.save(
-        {
-            "model": {
-                name: tensor
-                for name, tensor in state.items()
-                if not name.startswith(("visual_encoder.", "Qformer.cls."))
-            }
-        },
-        tmp_path / "blip2_pretrained.pth",
-    )
-    eva_vit.convert_weights_to_fp16(model.visual_encoder)
-    model.float()
-    with torch.no_grad():
-        outputs = [
-            model.visual_encoder(images),
-            *(features(model, mode, images, CAPTIONS[:2]) for mode in ("image", "text", "multimodal")),
-        ]
+    whole, smaller = eva_vit.VisionTransformer, dict(depth=2, embed_dim=176, num_heads=2, img_size=56)
+    with patch.object(eva_vit, "VisionTransformer", lambda **options: whole(**{**options, **smaller})):
+        yield
 
-    monkeypatch.setattr(
-        blip2,
-        "SIZES",
-        {**SIZES, "full": dict(qformer=dict(width=64, layers=3, heads=4, vocabulary=len(VOCABULARY) + 1), trunk={})},
-    )
-    monkeypatch.setattr(blip2, "find_file", lambda place, *rest: tmp_path / place.rsplit("/", 1)[-1])
-    with offline_lavis(tmp_path, **SMALL):
+
+@pytest.fixture(scope="module")
+def vit_g(tmp_path_factory):
+    "Published files of a random LAVIS model with a small EVA trunk, and its outputs for two pictures."
+    from lavis.models import eva_vit
+
+    folder = tmp_path_factory.mktemp("vit_g")
+    with small_eva_of_lavis():
+        model, images = lavis_model(folder, vit_model="eva_clip_g", **SMALL), torch.randn(2, 3, 56, 56)
+        state = model.state_dict()
+        trunk = {n.removeprefix("visual_encoder."): t for n, t in state.items() if n.startswith("visual_encoder.")}
+        torch.save({**trunk, "head.weight": torch.zeros(1)}, folder / "eva_vit_g.pth")
+        others = {n: t for n, t in state.items() if not n.startswith(("visual_encoder.", "Qformer.cls."))}
+        torch.save({"model": others}, folder / "blip2_pretrained.pth")
+        hub_names = {n: t for n, t in others.items() if n.startswith(("query_tokens", "ln_vision", "Qformer.bert"))}
+        hub_names.pop("Qformer.bert.embeddings.position_ids", None)
+        save_file(convert_to_hub(hub_names, trunk), folder / "model.safetensors")
+        eva_vit.convert_weights_to_fp16(model.visual_encoder)
+        model.float()
+        with torch.no_grad():
+            outputs = [
+                model.visual_encoder(images),
+                *(features(model, mode, images, CAPTIONS[:2]) for mode in ("image", "text", "multimodal")),
+            ]
+    return folder, images, outputs
+
+
+@pytest.fixture
+def small_vit_g(monkeypatch):
+    "Let the sizes of `vit_g` be the published ones."
+    qformer = dict(width=64, layers=3, heads=4, vocabulary=len(VOCABULARY) + 1)
+    trunk = dict(image_size=56, width=176, layers=2, heads=2)
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": dict(qformer=qformer, trunk=trunk)})
+
+
+@needs_lavis
+def test_vit_g_comes_through_lavis_and_equals_lavis(vit_g, small_vit_g, monkeypatch):
+    folder, images, outputs = vit_g
+    monkeypatch.setattr(blip2, "is_reachable", lambda url: True)
+    monkeypatch.setattr(blip2, "find_file", lambda place, *rest: folder / place.rsplit("/", 1)[-1])
+    with offline_lavis(folder, **SMALL), small_eva_of_lavis():
         backbone = make_backbone("blip2", model_name="pretrain")
-    assert type(backbone.trunk.module).__module__ == "lavis.models.eva_vit" and outputs[0].shape == (2, 257, 1408)
+    assert type(backbone.trunk.module).__module__ == "lavis.models.eva_vit" and outputs[0].shape == (2, 17, 176)
     same(say(backbone, images, CAPTIONS[:2]), outputs)
+
+
+@needs_lavis
+@pytest.mark.parametrize("file", ["blip2_pretrained.pth", "model.safetensors"])
+def test_vit_g_without_lavis_equals_lavis(vit_g, small_vit_g, monkeypatch, file):
+    folder, images, outputs = vit_g
+    monkeypatch.setattr(blip2, "import_lavis", lambda: pytest.fail("LAVIS is not to be used"))
+    backbone = make_backbone("blip2", model_name="pretrain", weights=str(folder / file))
+    assert isinstance(backbone.trunk.module, VisionTransformer) and backbone.size == 224
+    for ours, expected in zip(say(backbone, images, CAPTIONS[:2]), outputs):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_lavis
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_eva_tower_equals_the_class_of_lavis(dtype, tolerance):
+    from lavis.models.eva_vit import VisionTransformer as Eva
+
+    torch.manual_seed(0)
+    options = dict(patch_size=14, mlp_ratio=4.3637, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    expected = Eva(img_size=84, embed_dim=64, depth=3, num_heads=2, use_mean_pooling=False, **options).eval()
+    expected.load_state_dict(draw_eva(pixels=84))
+    ours = eva_tower(84, width=64, layers=3, heads=2)
+    assert load_tower(ours, translate_trunk(expected.state_dict())) == []
+    images = torch.randn(2, 3, 84, 84)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        tokens, wanted = ours.eval()(images), expected(images)
+    assert tokens.dtype == wanted.dtype == torch.float32 and tokens.shape == (2, 37, 64)
+    torch.testing.assert_close(tokens, wanted, atol=tolerance * wanted.std().item(), rtol=0)
+
+
+@needs_lavis
+def test_the_published_vit_g_has_39_blocks(monkeypatch):
+    from lavis.models import eva_vit
+
+    monkeypatch.setattr(eva_vit, "download_cached_file", lambda *args, **options: None)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: {})
+    with torch.device("meta"), patch.object(torch.Tensor, "item", lambda self: 0.0):
+        expected = eva_vit.create_eva_vit_g(drop_path_rate=0, precision="fp32")
+        ours = eva_tower()
+    assert {n: t.shape for n, t in translate_trunk(expected.state_dict()).items()} == {
+        n: t.shape for n, t in ours.state_dict().items()
+    }
+    assert len(ours.transformer.resblocks) == 39
 
 
 # One step of the released procedure
@@ -266,7 +335,7 @@ ROLES = "textual", "multimodal", "visual"
 def test_released_step_with_three_lavis_models_has_the_loss_of_ours_with_one_trunk(step):
     three, model, reference, target = step
     with torch.no_grad():
-        expected = released_step(*three, model.hca, model.tac, reference, CAPTIONS, target)
+        expected = released_step(*three, model.hca, model.compositor, reference, CAPTIONS, target)
         torch.testing.assert_close(model(reference, CAPTIONS, target).total, expected, atol=1e-4, rtol=0)
         assert abs(expected - torch.tensor(4.0).log()) > 0.5  # log 4 is what features that say nothing would give
 
@@ -283,7 +352,7 @@ def test_released_step_with_three_lavis_models_has_the_gradients_of_ours_in_floa
     )
     ours, expected = (
         model(reference, CAPTIONS, target).total,
-        released_step(*three, model.hca, model.tac, reference, CAPTIONS, target),
+        released_step(*three, model.hca, model.compositor, reference, CAPTIONS, target),
     )
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     ours.backward()
@@ -473,13 +542,8 @@ def test_no_network_and_no_cached_vocabulary_is_one_line(published, monkeypatch)
         make_backbone("blip2", weights=str(folder))
 
 
-def test_vit_g_without_lavis_says_what_it_needs(published):
-    with pytest.raises(CalaError, match="pretrain needs salesforce-lavis"):
-        make_backbone("blip2", model_name="pretrain")
-
-
 def test_a_model_that_is_not_published_is_refused_with_random_weights_too():
-    with pytest.raises(CalaError, match="--model-name RN50x4: choose pretrain_vitL or pretrain"):
+    with pytest.raises(CalaError, match="--model-name RN50x4: choose pretrain_vitL, pretrain, coco"):
         make_backbone("blip2", model_name="RN50x4", random_weights="small")
 
 
@@ -522,6 +586,155 @@ def test_a_vocabulary_of_another_size_is_refused(published):
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY[:-3]))
     with pytest.raises(CalaError, match="--tokenizer"):
         make_backbone("blip2", weights=str(folder))
+
+
+# ViT-g, in each layout that exists
+
+
+LAYOUTS = ["lavis", "whole", "published", "first", "proposed", "shards", "snapshot", "bin", "half"]
+
+
+def write_vit_g(folder, layout, pixels=56, model_name="pretrain"):
+    "A small random ViT-g model in a layout; the path to give, and the weights by LAVIS's names."
+    torch.manual_seed(0)
+    trunk = {name: tensor.half().float() for name, tensor in draw_eva(pixels=pixels).items()}
+    vocabulary = len(write_vocabulary(folder).read_text().split()) + 1
+    qformer = QFormer(**{**SIZES["small"]["qformer"], "vocabulary": vocabulary}).state_dict()
+    name = blip2.PUBLISHED[model_name].qformer
+    if layout in ("lavis", "half"):
+        published = {n: t.half() if layout == "half" else t for n, t in trunk.items()}
+        torch.save({**published, "blocks.3.norm1.weight": torch.ones(64)}, folder / "eva_vit_g.pth")
+        torch.save({"model": {**qformer, "temp": torch.tensor(0.07)}}, folder / name)
+        return folder, qformer, trunk
+    if layout == "whole":
+        torch.save({"model": {**qformer, **{f"visual_encoder.{n}": t for n, t in trunk.items()}}}, folder / name)
+        return folder / name, qformer, trunk
+    state = convert_to_hub(qformer, trunk, layout if layout in ("first", "proposed") else "published")
+    if layout == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    elif layout == "shards":
+        for number in (0, 1):
+            part = {n: t for place, (n, t) in enumerate(state.items()) if place % 2 == number}
+            save_file(part, folder / f"model-0000{number + 1}-of-00002.safetensors")
+    elif layout == "snapshot":
+        snapshot = folder / "snapshots" / "e39"
+        for path in (folder / "refs", snapshot, folder / "snapshots" / "older"):
+            path.mkdir(parents=True)
+        (folder / "refs" / "main").write_text("e39")
+        save_file(state, folder / "blob")
+        (snapshot / "model.safetensors").symlink_to(folder / "blob")
+    else:
+        save_file(state, folder / "model.safetensors")
+    return folder, qformer, trunk
+
+
+@pytest.fixture
+def without_lavis(monkeypatch):
+    "Let the sizes of `write_vit_g` be the published ones, and LAVIS be absent."
+    small = {**SIZES["small"], "qformer": {**SIZES["small"]["qformer"], "vocabulary": len(VOCABULARY) + 1}}
+    monkeypatch.setattr(blip2, "SIZES", {**SIZES, "full": small})
+    monkeypatch.setattr(blip2, "import_lavis", lambda: None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vit_g_is_read_without_lavis_in_each_layout(tmp_path, without_lavis, layout):
+    place, qformer, trunk = write_vit_g(tmp_path, layout)
+    backbone = make_backbone("blip2", model_name="pretrain", weights=str(place), tokenizer=str(tmp_path))
+    for name, tensor in translate_trunk(trunk).items():
+        torch.testing.assert_close(backbone.trunk.module.state_dict()[name], tensor, atol=0, rtol=0)
+    for name, tensor in qformer.items():
+        assert torch.equal(backbone.visual.state_dict()[name], tensor)
+    assert backbone.trunk(torch.randn(1, 3, 56, 56)).shape == (1, 17, 64)
+
+
+@pytest.mark.parametrize("layout", ["whole", "published"])
+def test_coco_reads_larger_pictures_and_is_not_rounded(tmp_path, without_lavis, monkeypatch, layout):
+    published = blip2.PUBLISHED["coco"]._replace(size=84)
+    monkeypatch.setitem(blip2.PUBLISHED, "coco", published)
+    trunk_sizes = dict(width=64, layers=3, heads=2)
+    monkeypatch.setitem(blip2.SIZES["full"], "trunk", trunk_sizes)
+    place, _, trunk = write_vit_g(tmp_path, layout, pixels=84, model_name="coco")
+    backbone = make_backbone("blip2", model_name="coco", weights=str(place), tokenizer=str(tmp_path))
+    assert backbone.size == 84 and backbone.transform()(Image.new("RGB", (60, 90))).shape == (3, 84, 84)
+    assert backbone.trunk(torch.randn(1, 3, 84, 84)).shape == (1, 37, 64)
+    assert torch.equal(backbone.trunk.module.positional_embedding, trunk["pos_embed"][0])
+
+
+def test_the_file_of_another_model_names_that_model(tmp_path, without_lavis, monkeypatch):
+    place, qformer, _ = write_vit_g(tmp_path, "whole", pixels=364)
+    monkeypatch.setitem(blip2.PUBLISHED, "coco", blip2.PUBLISHED["coco"]._replace(width=64))
+    with pytest.raises(CalaError, match="pictures of 364 pixels, not 56; give --model-name coco"):
+        make_backbone("blip2", model_name="pretrain", weights=str(place))
+    wide = {name: torch.zeros(1024) if name.startswith("ln_vision") else tensor for name, tensor in qformer.items()}
+    torch.save({"model": wide}, tmp_path / "blip2_pretrained.pth")
+    with pytest.raises(CalaError, match="tokens of width 1024, not 64; give --model-name pretrain_vitL"):
+        make_backbone("blip2", model_name="pretrain", weights=str(tmp_path))
+
+
+WRONG_FILES = {  # content -> what the message says of it
+    "the ViT-g trunk, eva_vit_g.pth": lambda: draw_eva(),
+    "the CLIP trunk, clip_vit_L.pth": lambda: clip_tower(56, 64, 1, 2).state_dict(),
+    "BLIP-2 with a language model": lambda: {"query_tokens": torch.zeros(1), "language_model.a": torch.zeros(1)},
+    "a Q-Former of the released program": lambda: {"epoch": 1, "Blip2Qformer": QFormer(64, 1, 2).state_dict()},
+    "a checkpoint of this project": lambda: {"backbone.visual.query_tokens": torch.zeros(1)},
+    "a CLIP model": lambda: {"visual.proj": torch.zeros(1), "logit_scale": torch.zeros(1)},
+    "other weights": lambda: {"query_tokens": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("content", WRONG_FILES)
+@pytest.mark.parametrize("model_name", blip2.PUBLISHED)
+def test_a_wrong_file_is_named_with_the_file_to_give(tmp_path, content, model_name):
+    torch.save(WRONG_FILES[content](), tmp_path / "weights.pth")
+    with pytest.raises(CalaError) as raised:
+        make_backbone("blip2", model_name=model_name, weights=str(tmp_path / "weights.pth"))
+    line, published = str(raised.value), blip2.PUBLISHED[model_name]
+    assert f"weights.pth holds {content}" in line and f"needs {published.qformer}" in line and "\n" not in line
+
+
+def test_a_wrong_trunk_is_named(tmp_path, without_lavis):
+    place, qformer, trunk = write_vit_g(tmp_path, "lavis")
+    for content, message in (
+        ({"model": qformer}, "eva_vit_g.pth is not of the published form"),
+        (qformer, "eva_vit_g.pth holds a Q-Former; give eva_vit_g.pth as published"),
+        (clip_tower(56, 64, 1, 2).state_dict(), "holds the CLIP trunk, clip_vit_L.pth; give eva_vit_g.pth"),
+        ({n: t for n, t in trunk.items() if "blocks.2" not in n}, "resblocks.2.*give eva_vit_g.pth as published"),
+        ({n: t for n, t in trunk.items() if "v_bias" not in n}, "attn.in_proj_bias.*give eva_vit_g.pth as published"),
+    ):
+        torch.save(content, tmp_path / "eva_vit_g.pth")
+        with pytest.raises(CalaError, match=message):
+            make_backbone("blip2", model_name="pretrain", weights=str(place))
+    (tmp_path / "eva_vit_g.pth").unlink()
+    with pytest.raises(CalaError, match="eva_vit_g.pth is missing"):
+        make_backbone("blip2", model_name="pretrain", weights=str(place))
+    with pytest.raises(CalaError, match="holds no trunk; --model-name coco needs blip2_finetune_coco.pth"):
+        make_backbone("blip2", model_name="coco", weights=str(tmp_path / "blip2_pretrained.pth"))
+
+
+def test_two_different_tensors_for_one_place_are_refused(tmp_path, without_lavis):
+    place, *_ = write_vit_g(tmp_path, "proposed")
+    state = load_file(place / "model.safetensors")
+    state["embeddings.LayerNorm.bias"] += 1
+    save_file(state, place / "model.safetensors")
+    with pytest.raises(CalaError, match="two different tensors .*LayerNorm.bias: .*qformer.layernorm.bias"):
+        make_backbone("blip2", model_name="pretrain", weights=str(place))
+
+
+def test_a_checkpoint_of_vit_g_finds_its_weights_again(tmp_path, without_lavis):
+    place, *_ = write_vit_g(tmp_path, "snapshot")
+    backbone = make_backbone("blip2", model_name="pretrain", weights=str(place), tokenizer=str(tmp_path))
+    save_checkpoint(CaLa(backbone), tmp_path / "best")
+    flags = dict(backbone_weights=str(place), tokenizer=str(tmp_path))
+    model = build_model(ModelFlags(checkpoint=tmp_path / "best", **flags))
+    assert torch.equal(model.backbone.trunk.module.conv1.bias, backbone.trunk.module.conv1.bias)
+    named = describe_run(DataFlags(checkpoint=tmp_path / "best", device="cpu", **flags), model)["weights"]
+    assert list(named) == ["checkpoint", "backbone_weights/model.safetensors"]
+
+
+def test_random_weights_of_vit_g_have_its_trunk():
+    backbone = make_backbone("blip2", model_name="pretrain", random_weights="small")
+    assert backbone.trunk.module.conv1.bias is not None
+    assert clip_tower(56, 64, 1, 2).conv1.bias is None
 
 
 # Random weights

@@ -107,10 +107,25 @@ def hub_folder(tmp_path):
 
 
 @pytest.mark.parametrize("model_name", blip2.PUBLISHED)
-def test_a_folder_of_the_hub_is_named_for_blip2(hub_folder, model_name):
+def test_a_folder_of_the_hub_without_the_weights_of_blip2_is_named(hub_folder, model_name):
     for place in (hub_folder, hub_folder / "model.safetensors"):
-        with pytest.raises(CalaError, match="Hugging Face's transformers"):
+        with pytest.raises(CalaError, match=f"{place} holds other weights; --model-name {model_name} needs blip2_"):
             make_backbone("blip2", model_name=model_name, weights=str(place))
+    (hub_folder / "model.safetensors").unlink()
+    with pytest.raises(CalaError, match="blip2_.*pth is missing"):
+        make_backbone("blip2", model_name=model_name, weights=str(hub_folder))
+
+
+def test_the_weights_of_a_hub_folder_are_found_in_the_cache_too(hub_folder):
+    assert weights.list_hub_files(hub_folder) == [hub_folder / "model.safetensors"]
+    cache = hub_folder.with_name("models--a--b")
+    for name in ("snapshots/old", "snapshots/new"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "pytorch_model.bin").write_bytes(b"")
+    assert weights.list_hub_files(cache) == []
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("new\n")
+    assert weights.list_hub_files(cache) == [cache / "snapshots/new/pytorch_model.bin"]
 
 
 def test_a_folder_of_the_hub_is_named_for_clip(hub_folder):
@@ -234,26 +249,15 @@ def broken_lavis(monkeypatch):
     return failure
 
 
+@pytest.mark.parametrize("model_name", blip2.PUBLISHED)
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
-def test_lavis_that_fails_gives_way_to_our_own_reader(broken_lavis, failure, monkeypatch, capsys):
+def test_lavis_that_fails_gives_way_to_our_own_reader(broken_lavis, failure, model_name, monkeypatch, capsys):
     broken_lavis.append(failure)
-    monkeypatch.setattr(blip2, "read_published", lambda place: ("trunk", {"place": place}))
-    assert blip2.read_parts("pretrain_vitL") == (
-        "trunk",
-        {"place": blip2.LAVIS_FILES + "blip2_pretrained_vitL.pth"},
-        None,
-    )
+    monkeypatch.setattr(blip2, "read_published", lambda place, name: ("trunk", {"place": place, "name": name}))
+    state = {"place": blip2.LAVIS_FILES + blip2.PUBLISHED[model_name].qformer, "name": model_name}
+    assert blip2.read_parts(model_name) == ("trunk", state, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(failure).split("\n")[0] in line
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
-def test_lavis_that_fails_for_vit_g_is_one_line_with_its_words(broken_lavis, failure):
-    broken_lavis.append(failure)
-    with pytest.raises(CalaError) as raised:
-        make_backbone("blip2", model_name="pretrain")
-    line = str(raised.value)
-    assert str(failure).split("\n")[0] in line and "--model-name pretrain_vitL" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("failure", [TypeError("unexpected keyword argument"), RuntimeError("built for NumPy 1")])

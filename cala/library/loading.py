@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch import nn
 
+from ..backbones.weights import list_hub_files
 from ..composition import frames
 from ..composition import make_frame
 from ..data import Triplets
@@ -88,7 +89,8 @@ def hash_weights(
         if not value:
             continue
         if name == "backbone_weights" and Path(value).is_dir():  # the published files of BLIP-2
-            files |= {f"{name}/{file.name}": file for file in sorted(Path(value).glob("*.pth"))}
+            published = sorted(Path(value).glob("*.pth")) or list_hub_files(value)
+            files |= {f"{name}/{file.name}": file for file in published}
         else:
             files[name] = find_weights(value)
     return {name: dict(path=str(file), sha256=hash_file(file)) for name, file in files.items() if file.is_file()}
