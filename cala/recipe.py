@@ -30,6 +30,15 @@ def number(
     return field(default=default, metadata=dict(above=above, least=least, below=below, most=most))
 
 
+class LogitScale:
+    "The type of a logit scale: a number, or the word learned."
+
+    expected = "a number, or learned"
+
+    def __new__(cls, value):
+        return value if value == "learned" else float(value)
+
+
 @dataclass
 class DataRecipe:
     "What is read."
@@ -40,7 +49,7 @@ class DataRecipe:
     protocol: Literal["original", "val"] = "original"  # FashionIQ validation gallery: original or val
     triplets: int | None = number(None, above=0)  # how many to train on, drawn by the seed; None: all
     transform: str = "targetpad"  # targetpad, squarepad, plain; clip: the tower's own
-    target_ratio: float = number(1.25, above=0)  # target pad: pad only pictures longer than this
+    target_ratio: float = number(1.25, least=1)  # target pad: pad only pictures longer than this
     num_workers: int = number(0, least=0)  # processes that decode pictures
     keep_pictures: bool = False  # hold decoded pictures in memory: for small pictures and many epochs
     cache: Literal[CACHES] = "off"  # tokens: results of the frozen trunk, on disk; auto: if it pays, and targets too
@@ -54,27 +63,30 @@ class ModelRecipe:
     "What is built."
 
     encoder_arch: str = "blip2"  # blip2, clip, tiny, or package.module:Class
-    model_name: str | None = None  # published model: pretrain_vitL, RN50x4 ...; None: the backbone's default
-    backbone_weights: str | None = None  # a file of weights instead of the published ones
+    model_name: str | None = None  # blip2: pretrain_vitL, pretrain, coco; clip: RN50x4 ...; None: the first of these
+    backbone_weights: str | None = None  # file of weights to read instead of fetching one; blip2: or its folder
     tokenizer: str | None = None  # folder or vocab.txt of bert-base-uncased (BLIP-2), or of a CLIP tower's tokenizer
-    trunk_precision: str | None = None  # of the frozen trunk: auto (half on a GPU), fp32, fp16 or bf16
-    random_weights: str | None = None  # small or full: random weights, for tests and lessons
+    trunk_precision: Literal["auto", "fp32", "fp16", "bf16"] | None = None  # of the frozen trunk; auto: half on a GPU
+    random_weights: Literal["small", "full"] | None = None  # small or full: random weights, for tests and lessons
     embeds_dim: int | None = None  # width that the backbone must have; None: any
     recipe: Literal["released", "paper", "cala"] | None = None  # a named set of choices; other flags overrule it
     encoder: Literal["both", "multi", "text"] | None = None  # which encoders train; None: the recipe's choice
     cir_frame: Literal["sum", "artemis", "combiner"] = "sum"  # sum, artemis or combiner
-    objective: Literal["released", "paper"] | None = None  # mixed logits, or added losses; None: the recipe's choice
+    objective: Literal["released", "paper", "two_way"] | None = (
+        None  # how the losses are joined; None: the recipe's choice
+    )
+    ctr: str | None = None  # compositor of CTR: tac or pairs; None: pairs for two_way, tac for the others
     tac_weight: float | None = number(None, least=0, most=1)  # released: share of CTR in the mixed logits; None: 0.45
     hca_weight: float | None = number(None, least=0, most=1)  # released: share of the TBIA loss; None: 0.1
-    alpha: float | None = number(None, least=0)  # paper: weight of the TBIA loss; None: 0.1
-    beta: float | None = number(None, least=0)  # paper: weight of the CTR loss; None: 0.1
+    alpha: float | None = number(None, least=0)  # paper, two_way: weight of the TBIA loss; None: 0.1, or 0
+    beta: float | None = number(None, least=0)  # paper, two_way: weight of the CTR loss; None: 0.1, or 0.3
     hca_dropout: float = number(0.1, least=0, below=1)  # on HCA's attention, in training
     learned_temperature: bool = False  # ARTEMIS: apply the temperature that the released program learns only
     projection_dim: int | None = number(None, above=0)  # Combiner: width of its projections; None: 4 d
     hidden_dim: int | None = number(None, above=0)  # Combiner: width of its hidden layer; None: 8 d
     features: Literal["raw", "normalised"] | None = None  # in the associations' products; None: the objective's choice
     padding: Literal["read", "masked"] | None = None  # in HCA, of captions; None: the objective's choice
-    qtm_scale: float | None = number(None, above=0)  # of the QTM logits of sum and combiner; None: 100
+    qtm_scale: LogitScale | None = number(None, above=0)  # of the QTM logits of sum and combiner, or learned; None: 100
     tbia_scale: float | None = number(
         None, above=0
     )  # of the TBIA logits; None: 10 for raw features, 100 for normalised
@@ -115,10 +127,11 @@ class KeepRecipe:
     save_steps: int = number(0, least=0)  # save the state also after this many steps; 0: only after epochs
     validation_frequency: int = number(1, above=0)  # epochs from one validation to the next
     api_key: str | None = None  # Comet: log there too
-    workspace: str | None = None  # Comet: the workspace
+    workspace: str | None = None  # Comet: the workspace; Weights & Biases: the entity
     experiment_name: str | None = None  # name of the run in trackers; also of its folder
     comet_offline: str | None = None  # Comet: write an archive into this folder instead
     tensorboard: bool = False  # log for TensorBoard too, into the run's folder
+    wandb: bool = False  # log to Weights & Biases too; with WANDB_MODE=offline into the run's folder
 
 
 @dataclass
@@ -145,9 +158,10 @@ DEFAULTS = dict(
 RECIPES = dict(
     released=dict(schedule="released"),
     paper=dict(objective="paper", encoder="multi"),
-    cala=dict(objective="paper", features="raw", qtm_scale=55.0),
+    cala=dict(objective="two_way", qtm_scale=10.0),
 )
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
+TWO_WAY_WEIGHTS = dict(alpha=0.0, beta=0.3)
 
 
 def spell_flag(
@@ -178,6 +192,7 @@ def read_choices(
     if isinstance(values["categories"], str):
         values["categories"] = values["categories"].replace(",", " ").split()
     values["categories"] = tuple(values["categories"])
+    values["transform"] = values["transform"].lower()
     if ":" not in values["encoder_arch"]:
         values["encoder_arch"] = values["encoder_arch"].lower()
     return values
@@ -216,6 +231,8 @@ def resolve(
         chosen |= RECIPES[values["recipe"] or "cala"]
     if objective:
         chosen["objective"] = objective
+    if chosen["objective"] == "two_way":
+        chosen |= TWO_WAY_WEIGHTS
     if values["cir_frame"] == "artemis":  # its scores have no scale
         chosen.pop("qtm_scale", None)
     missing = {name: value for name, value in chosen.items() if values[name] is None}
@@ -231,6 +248,10 @@ def check_ranges(
         if not limits or (value is None and each.default is None):
             continue
         wrong = f"{spell_flag(each.name)} {value}"
+        if value == "learned":
+            continue
+        if isinstance(value, str):
+            raise CalaError(f"{wrong}: give {LogitScale.expected}")
         if limits["above"] is not None and not value > limits["above"]:
             raise CalaError(f"{wrong}: give a number above {limits['above']}")
         if limits["least"] is not None and not value >= limits["least"]:

@@ -13,6 +13,7 @@ __all__ = ['GALLERY_AT', 'GROUP_AT', 'FASHION_AT', 'compare_rows', 'check_scores
 
 # %% ../nbs/method/09_retrieval.ipynb #f9b464d6
 import warnings
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -373,23 +374,26 @@ def load_batches(
 
 
 def embed_pictures(
-    model: Any,  # has .tokens and .embed_gallery
+    embed_tokens: Callable,  # tokens (B, n, w) -> features (B, d), or several tensors (B, ...)
+    read_tokens: Callable,  # pictures -> tokens
     batches: Iterable[Tensor],  # of all pictures
     references: Tensor,  # (R,) positions whose tokens are needed again, sorted
     keep: int,  # bytes that these tokens may take
-) -> tuple[Tensor, Tensor | None]:  # features (N, d); tokens (R, n, w) on the CPU, or None if they take more
+) -> tuple[list[Tensor], Tensor | None]:  # what `embed_tokens` gave, (N, ...); tokens (R, n, w) on the CPU, or None
     "The gallery pass."
-    features, reference_tokens, first = [], None, 0
+    columns, reference_tokens, first = [], None, 0
     for batch in batches:
-        tokens = model.tokens(batch)
-        features.append(model.embed_gallery(tokens).float())
+        tokens = read_tokens(batch)
+        results = embed_tokens(tokens)
+        results = results if isinstance(results, tuple) else (results,)
+        columns.append([result.float() for result in results])
         if first == 0 and len(references) * tokens[0].nbytes <= keep:
             reference_tokens = tokens.new_empty(len(references), *tokens.shape[1:], device="cpu")
         if reference_tokens is not None:
             inside = (references >= first) & (references < first + len(tokens))
             reference_tokens[inside] = tokens[(references[inside] - first).to(tokens.device)].cpu()
         first += len(tokens)
-    return torch.cat(features), reference_tokens
+    return [torch.cat(parts) for parts in zip(*columns)], reference_tokens
 
 
 def embed_texts(
@@ -422,6 +426,7 @@ class Embedded(NamedTuple):
     gallery: Tensor  # (N, d) target features
     reference: Tensor  # (Q, d) features of the references, read with their texts
     text: Tensor  # (Q, d) text features
+    pairs: tuple | None = None  # to rank again: the gallery as references and as targets of CTR, (N, 2d) each
 
 
 def embed(
@@ -432,6 +437,7 @@ def embed(
     workers: int = 0,  # processes that decode pictures
     keep: int = 2**30,  # bytes for the references' tokens between the two passes
     progress: bool = True,  # show bars
+    pairs: bool = False,  # also what ranking again needs (lesson 11); the model then has .embed_pairs
 ) -> Embedded:  # float32, on the model's device
     "All features of a data set; every picture goes through the trunk once, a reference twice if `keep` is too small."
     if dataset.pictures is dataset.gallery:
@@ -443,18 +449,20 @@ def embed(
     pictures: Any = dataset.pictures
     if constant is not None:
         pictures = pictures.tokens
+    embed_tokens = model.embed_pairs if pairs else model.embed_gallery
     titles = ("gallery", "queries") if progress else ("", "")
     with evaluating(model.to(place)):
-        if constant is None:
+        if constant is None or pairs:
             batches = load_batches(pictures, batch_size, place, workers, titles[0])
-            gallery, tokens = embed_pictures(model, batches, references, keep)
+            columns, tokens = embed_pictures(embed_tokens, model.tokens, batches, references, keep)
         else:
-            gallery, tokens = constant.features().to(place), None
+            columns, tokens = [constant.features().to(place)], None
         if tokens is None:
             batches = load_batches(Subset(pictures, references.tolist()), batch_size, place, workers, titles[1])
         else:
             batches = (part.to(place) for part in tokens.split(batch_size))
-        return Embedded(gallery, *embed_texts(model, batches, dataset.references, captions, batch_size))
+        reference, text = embed_texts(model, batches, dataset.references, captions, batch_size)
+    return Embedded(columns[0], reference, text, tuple(columns[1:]) if pairs else None)
 
 # %% ../nbs/method/09_retrieval.ipynb #7a2a93a3
 class Section(NamedTuple):
@@ -501,21 +509,25 @@ def rank_section(
     embedded: Embedded,  # of the data set
     dataset: Triplets,  # CIRR or FashionIQ
     section: Section,  # of the data set
+    rank: Callable | None = None,  # ranks queries again, as `Reranker.rank_queries` (lesson 11)
 ) -> pd.DataFrame:  # pair_id, reference, target, rank, higher, ties; CIRR also group_rank, ...; FashionIQ also category
     "Ranks of a section's queries, one row each."
     queries = section.queries
     column = torch.full((len(dataset.gallery),), -1)  # of a picture, in the gallery of the section
     column[section.gallery] = torch.arange(len(section.gallery))
     targets, groups = read_targets(dataset)
-    ranks = rank_queries(
-        frame,
-        embedded.reference[queries],
-        embedded.text[queries],
-        embedded.gallery[section.gallery],
+    features = embedded.reference[queries], embedded.text[queries], embedded.gallery[section.gallery]
+    positions = dict(
         targets=column[targets[queries]],
         exclude=None if groups is None else column[dataset.references[queries]],
         groups=None if groups is None else column[groups[queries]],
     )
+    if rank is None:
+        ranks = rank_queries(frame, *features, **positions)
+    else:
+        as_reference, as_target = embedded.pairs
+        pairs = as_reference[dataset.references[queries]], as_target[section.gallery]
+        ranks = rank(frame, *features, pairs, **positions)
     triplets = [dataset.triplets[i] for i in queries.tolist()]
     names = [(triplet.pair_id, triplet.reference, triplet.target) for triplet in triplets]
     table = pd.DataFrame(names, columns=["pair_id", "reference", "target"])
@@ -637,13 +649,14 @@ def measure(
     frame: Any,  # has .scores(reference, text, pictures)
     embedded: Embedded | list[Embedded],
     dataset: Triplets | list[Triplets],  # what was embedded
+    rank: Callable | None = None,  # ranks queries again, as `Reranker.rank_queries` (lesson 11)
 ) -> Result:  # with `.ranks`
     "Rank every query and summarise; tied pictures count as the mean over their orders."
     parts, tables = [], []
     for features, data in zip(as_list(embedded), as_list(dataset), strict=True):
         for section in sections(data):
             parts.append(section)
-            tables.append(rank_section(frame, features, data, section))
+            tables.append(rank_section(frame, features, data, section, rank))
     facts = describe_sections(as_list(dataset), parts)
     categories = [section.about["category"] for section in parts]
     mean, best, worst = (

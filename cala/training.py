@@ -34,7 +34,7 @@ from .retrieval import Result
 from .retrieval import evaluate
 
 # %% ../nbs/method/10_training.ipynb #4d7fde84
-FACTORS = dict(backbone=1, fresh=2, hca=2, tac=2, frame=10)  # times the learning rate; 2 for any other part
+FACTORS = dict(backbone=1, fresh=2, hca=2, compositor=2, frame=10)  # times the learning rate; 2 for any other part
 
 
 def parameter_groups(
@@ -64,7 +64,7 @@ RELEASED_ORDER = (
     "visual",  # E_t
     "visual.query_tokens",
     "fresh",
-    "tac",
+    "compositor",
     "hca",
     "frame",
 )
@@ -211,6 +211,7 @@ def make_model(
         hca_weight=recipe.hca_weight,
         alpha=recipe.alpha,
         beta=recipe.beta,
+        ctr=recipe.ctr,
         hca_dropout=recipe.hca_dropout,
         tbia_scale=recipe.tbia_scale,
         ctr_scale=recipe.ctr_scale,

@@ -224,7 +224,7 @@ def test_the_reduction_learns_at_the_rate_of_the_associations_and_the_towers_at_
     model.backbone.fine_tune("both")
     groups = parameter_groups(model, 1e-5)
     assert {group["name"]: group["lr"] for group in groups} == pytest.approx(
-        dict(backbone=1e-5, fresh=2e-5, hca=2e-5, tac=2e-5, frame=1e-4)
+        dict(backbone=1e-5, fresh=2e-5, hca=2e-5, compositor=2e-5, frame=1e-4)
     )
     assert [id(p) for p in groups[1]["params"]] == [id(p) for p in model.backbone.reduction.parameters()]
     held = [id(p) for group in groups for p in group["params"]]
@@ -507,7 +507,7 @@ def test_a_checkpoint_brings_everything_back_without_weights_network_or_notice(t
         torch.testing.assert_close(
             again(images[0], CAPTIONS[:2], images[1]).total, model(images[0], CAPTIONS[:2], images[1]).total
         )
-    assert again.tac.class_token is not None
+    assert again.compositor.class_token is not None
 
 
 def test_making_a_backbone_leaves_the_callers_random_numbers_alone():

@@ -97,7 +97,7 @@ def test_two_steps_a_checkpoint_and_the_same_metrics_again(
 
     changed = {name for name, tensor in done.model.state_dict().items() if not torch.equal(tensor, start[name])}
     moved = {name.split(".")[1] if name.startswith("backbone.") else name.split(".")[0] for name in changed}
-    assert moved == BACKBONES[arch][1][encoder] | {"hca", "tac"} | ({"frame"} if frame != "sum" else set())
+    assert moved == BACKBONES[arch][1][encoder] | {"hca", "compositor"} | ({"frame"} if frame != "sum" else set())
 
     parts, row = (
         [judged(world, tmp_path / "run/best", *words)[frame] for words in DATASETS[dataset]],

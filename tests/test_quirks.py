@@ -265,11 +265,11 @@ def test_clip_tokens_are_places_of_the_feature_map_and_not_a_scrambled_view(clip
 
 def test_clip_tac_has_a_learned_class_token(clip):
     model = CaLa(clip, hca_weight=0.0)
-    assert model.tac.class_token.requires_grad and "tac.class_token" in model.state_dict()
+    assert model.compositor.class_token.requires_grad and "compositor.class_token" in model.state_dict()
     a, b = (clip.image(clip.trunk(pictures(2, clip.size, seed))).tokens.detach() for seed in (0, 1))
-    torch.testing.assert_close(model.tac(a, b), model.tac(a, b), atol=0, rtol=0)  # not drawn at every pass
-    model.tac(a, b).sum().backward()
-    assert model.tac.class_token.grad.abs().sum() > 0
+    torch.testing.assert_close(model.compositor(a, b), model.compositor(a, b), atol=0, rtol=0)  # not drawn at every pass
+    model.compositor(a, b).sum().backward()
+    assert model.compositor.class_token.grad.abs().sum() > 0
 
 
 def test_hca_asks_with_clips_feature_and_not_with_the_corner_of_its_map(clip):

@@ -20,7 +20,7 @@ from cala.training import parameter_groups
 
 MULTI = ["multimodal", "multimodal.query_tokens", "textual"]
 VISUAL = ["visual", "visual.query_tokens"]
-ASSOCIATIONS = ["tac", "hca"]
+ASSOCIATIONS = ["compositor", "hca"]
 GROUPS = {  # (backbone, encoder, frame): names of the groups in the released program's order
     ("tiny", "multi", "sum"): [*MULTI, *ASSOCIATIONS],
     ("tiny", "both", "sum"): [*MULTI, *VISUAL, *ASSOCIATIONS],
@@ -29,7 +29,7 @@ GROUPS = {  # (backbone, encoder, frame): names of the groups in the released pr
     ("blip2", "both", "sum"): [*MULTI, *VISUAL, *ASSOCIATIONS],
     ("clip", "multi", "sum"): ["backbone", "fresh", *ASSOCIATIONS],
 }
-FACTORS = dict(fresh=2, tac=2, hca=2, frame=10)  # 1 for the others
+FACTORS = dict(fresh=2, compositor=2, hca=2, frame=10)  # 1 for the others
 
 
 def make_model(arch, encoder, frame):
@@ -55,7 +55,7 @@ def test_groups_of_the_released_program_have_its_order_sizes_and_rates(arch, enc
     assert [group["name"] for group in groups] == names
     assert [group["lr"] for group in groups] == [1e-5 * FACTORS.get(name, 1) for name in names]
     sizes = {name: sum(p.numel() for p in group["params"]) for name, group in zip(names, groups)}
-    assert sizes["tac"] == sum(p.numel() for p in model.tac.parameters())
+    assert sizes["compositor"] == sum(p.numel() for p in model.compositor.parameters())
     assert sizes["hca"] == sum(p.numel() for p in model.hca.parameters())
     for role in ("multimodal", "visual"):
         if role in sizes:
@@ -134,7 +134,7 @@ def plain_loop(model, data, recipe):
             step += 1
             for name, gradient in zip(names, gradients):
                 if gradient is not None:
-                    rate = recipe.learning_rate * (2 if name.split(".")[0] in ("hca", "tac") else 1)
+                    rate = recipe.learning_rate * (2 if name.split(".")[0] in ("hca", "compositor") else 1)
                     is_first = name.startswith("backbone.multimodal.") and not name.endswith("query_tokens")
                     update(parameters[name], gradient, moments[name], rate * (cosine if is_first else 1), step)
     return losses
@@ -153,8 +153,8 @@ def plain_loss(backbone, model, batch):
     bridge = ((A @ B).softmax(-1) @ hca.value(F_t))[:, 0]
     first = last = None
     for _ in range(4):
-        first = model.tac.reference_as_query_attention(alone, *[F_t if first is None else first] * 2)[0]
-        last = model.tac.target_as_query_attention(F_t, *[alone if last is None else last] * 2)[0]
+        first = model.compositor.reference_as_query_attention(alone, *[F_t if first is None else first] * 2)[0]
+        last = model.compositor.target_as_query_attention(F_t, *[alone if last is None else last] * 2)[0]
     difference = (first[:, 0] + last[:, 0]) / 2
     rows = torch.arange(len(F_r))
     z_tbia, z_ctr = 10 * bridge @ F_r[:, 0].T, 10 * F_c[:, 0] @ difference.T

@@ -294,6 +294,6 @@ def test_a_model_for_retrieval_is_saved_and_loaded_without_its_associations(tmp_
     model = CaLa(make_backbone("tiny", vocabulary=["red"], width=16, heads=2, layers=1, queries=2)).for_retrieval()
     save_checkpoint(model, tmp_path / "best")
     loaded = load_checkpoint(tmp_path / "best")
-    assert loaded.hca is None and loaded.tac is None
+    assert loaded.hca is None and loaded.compositor is None
     pictures = torch.randn(2, 3, 48, 48)
     assert torch.equal(loaded.embed_gallery(pictures), model.embed_gallery(pictures))

@@ -401,7 +401,7 @@ def test_votes_of_the_associations_are_the_training_logits(world):
         votes = association_votes(model, reference, caption, targets, {"TBIA", "CTR"})
         F_r, F_c, F_t, F_r_alone = model.encode(reference, [caption], data[7]["target"][None])
         z_tbia = model.tbia_scale * model.hca(F_r.tokens, F_c.tokens, F_t.tokens) @ F_r.feature.T
-        z_ctr = model.ctr_scale * model.tac(F_r_alone.tokens, F_t.tokens) @ F_c.feature.T
+        z_ctr = model.ctr_scale * model.compositor(F_r_alone.tokens, F_t.tokens) @ F_c.feature.T
     assert votes["z_tbia"][data.targets[7]].item() == pytest.approx(z_tbia.item(), abs=1e-2)
     assert votes["z_ctr"][data.targets[7]].item() == pytest.approx(z_ctr.item(), abs=1e-2)
 

@@ -375,7 +375,7 @@ class AttentionAtlas(Movable):
             raise CalaError(f"{dataset.name} {dataset.split} has no targets to look at; open the split val")
         self.model, self.dataset = model, dataset
         self.sheets = ["looks of the reference", "looks of the target"]
-        if model.tac is not None:
+        if model.compositor is not None:
             self.sheets.insert(0, "TAC")
         if model.hca is not None:
             self.sheets.insert(0, "HCA")
@@ -408,7 +408,7 @@ class AttentionAtlas(Movable):
 
     def taken(self) -> dict[str, Tensor]:
         "What TAC takes of each picture's tokens."
-        return twin_shares(self.model.tac, self.reading.F_r_alone, self.reading.F_t)
+        return twin_shares(self.model.compositor, self.reading.F_r_alone, self.reading.F_t)
 
     def turn(
         self,

@@ -1,15 +1,21 @@
-"""The flags by which commands name a model and say how pictures are read. This module loads without torch.
+"""The flags by which commands name a model and say how pictures are read, and those of the benchmark.
+
+This module loads without torch.
 
 `cala.library.loading` makes a model from these flags.
 """
 
+import os
 from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from typing import Literal
 
 from ..errors import CalaError
 from ..recipe import CACHE_DTYPES
 from ..recipe import CACHES
+from .cli import Words
 from .cli import spell_flag
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -41,7 +47,7 @@ class ModelFlags:
     blip2_visual_path: str | None = None  # BLIP-2: E_t, likewise
     backbone_weights: str | None = None  # where this machine keeps the published weights
     tokenizer: str | None = None  # BLIP-2: folder or vocab.txt of bert-base-uncased
-    random_weights: str | None = None  # small or full: random backbone, for tests and lessons
+    random_weights: Literal["small", "full"] | None = None  # small or full: random backbone, for tests and lessons
 
 
 @dataclass
@@ -54,10 +60,12 @@ class DataFlags(ModelFlags):
     batch_size: int = 64  # pictures, or queries, at a time
     num_workers: int = 0  # processes that decode pictures
     device: str | None = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
-    precision: str = "no"  # no (float32), bf16 or fp16
-    cache: str = "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
+    precision: Literal[PRECISIONS] = "no"  # no (float32), bf16 or fp16
+    cache: Literal[CACHES] = (
+        "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
+    )
     cache_dir: str | None = None  # where caches are; None: .cala_cache in the data root
-    cache_dtype: str = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+    cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
 
 
 def find_source(
@@ -89,15 +97,43 @@ def check_data_flags(
     flags: Any,  # DataFlags, or others with most of its fields
 ):
     "Raise `CalaError` for an impossible value."
-    for name in ("batch_size", "target_ratio"):
-        if not getattr(flags, name) > 0:
-            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give a number above 0")
-    if flags.num_workers < 0:
-        raise CalaError(f"--num-workers {flags.num_workers}: give 0 or more")
+    check_least(flags, dict(batch_size=1, target_ratio=1, num_workers=0))
+    check_workers(flags.num_workers)
     choices = {"precision": PRECISIONS, "cache": CACHES, "cache_dtype": CACHE_DTYPES}
     for name, values in choices.items():
         if getattr(flags, name) not in values:
             raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: choose one of {', '.join(values)}")
+
+
+def check_least(
+    flags: Any,  # a dataclass of flags
+    least: dict[str, int],  # name of a field -> the least value that it may have
+):
+    "Raise `CalaError` for the first number that is too small."
+    for name, minimum in least.items():
+        if not getattr(flags, name) >= minimum:
+            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give {minimum} or more")
+
+
+def check_rates(
+    flags: Any,  # a dataclass of flags
+    *names: str,  # fields that are learning rates
+):
+    "Raise `CalaError` for the first learning rate that is not above 0."
+    for name in names:
+        if not getattr(flags, name) > 0:
+            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give a number above 0")
+
+
+def check_workers(
+    num_workers: int,  # processes that decode pictures
+):
+    "Raise `CalaError` for a number of processes that takes minutes to start, or all memory."
+    processors = os.cpu_count() or 1
+    most = max(64, 4 * processors)
+    if num_workers > most:
+        machine = f"this machine has {processors} processor{'s' if processors > 1 else ''}"
+        raise CalaError(f"--num-workers {num_workers}: {machine}; give at most {most}")
 
 
 @dataclass
@@ -105,8 +141,8 @@ class CombinerRecipe(DataFlags):
     "Train the Combiner on the frozen features of a model."
 
     dataset: str | None = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
-    protocol: str = "original"  # FashionIQ's validation gallery: original or val
-    categories: str = "dress,shirt,toptee"  # FashionIQ: which, separated by commas
+    protocol: Literal["original", "val"] = "original"  # FashionIQ's validation gallery: original or val
+    categories: Words = "dress,shirt,toptee"  # FashionIQ: which, separated by commas or spaces
     allow_missing: bool = False  # continue although pictures are missing; every result says how many
     num_epochs: int = 300  # passes over the features
     batch_size: int = 4096  # triplets a step; all of them if there are fewer
@@ -118,7 +154,7 @@ class CombinerRecipe(DataFlags):
     output: str | None = None  # an empty folder or a new one; None: runs/<dataset>-combiner
 
 
-COMBINER_MINIMUM = {"num_epochs": 1, "feature_batch": 1, "validation_frequency": 1, "weight_decay": 0, "seed": 0}
+COMBINER_LEAST = dict(num_epochs=1, feature_batch=1, validation_frequency=1, weight_decay=0, seed=0)
 
 
 def check_combiner_recipe(
@@ -133,23 +169,22 @@ def check_combiner_recipe(
     if recipe.combining_function not in (None, "combiner"):
         name = recipe.combining_function
         raise CalaError(f"--combining-function {name}: this command trains a combiner; leave the flag out")
-    if not recipe.learning_rate > 0:
-        raise CalaError(f"--learning-rate {recipe.learning_rate}: give a number above 0")
-    for name, minimum in COMBINER_MINIMUM.items():
-        if not getattr(recipe, name) >= minimum:
-            raise CalaError(f"{spell_flag(name)} {getattr(recipe, name)}: give {minimum} or more")
+    check_rates(recipe, "learning_rate")
+    check_least(recipe, COMBINER_LEAST)
 
 
-ABLATION_PARTS = ("table", "reasons", "regimes", "scale", "slice")
-ABLATION_WORLDS = ("cirr", "fashioniq")
+ABLATION_PARTS = ("scale", "ctr", "headline", "conditions", "where", "reasons", "slice")
+ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard")
 
 
 @dataclass
 class Ablation:
     "Many short trainings that differ in one thing each; a CSV row a run."
 
-    parts: str = "table,reasons,regimes,scale"  # some of these, separated by commas; slice: a few arms, in minutes
-    worlds: str = "cirr,fashioniq"  # drawn data sets of the table
+    parts: Words = (
+        "scale,ctr,headline,conditions,where,reasons"  # questions, separated by commas; slice: a few arms, in minutes
+    )
+    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; cirr_hard has larger scenes and two edits a sentence
     seeds: int = 5  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
     workers: int | None = None  # processes of one torch thread each; None: one a core
@@ -158,8 +193,9 @@ class Ablation:
     def __post_init__(self):
         self.parts = split_choices("--parts", self.parts, ABLATION_PARTS)
         self.worlds = split_choices("--worlds", self.worlds, ABLATION_WORLDS)
-        if self.seeds < 1:
-            raise CalaError(f"--seeds {self.seeds}: give 1 or more")
+        check_least(self, dict(seeds=1))
+        if self.workers is not None:
+            check_least(self, dict(workers=1))
         if self.compare and not Path(self.compare).is_file():
             raise CalaError(f"--compare {self.compare}: no such file")
 
@@ -170,7 +206,59 @@ def split_choices(
     choices: tuple,  # the words that exist
 ) -> tuple:
     "The words of a flag, each of which must be one of the choices."
-    words = tuple(given.replace(",", " ").split()) if isinstance(given, str) else tuple(given)
+    words = tuple(given.lower().replace(",", " ").split()) if isinstance(given, str) else tuple(given)
     if not words or not set(words) <= set(choices):
         raise CalaError(f"{flag} {given}: give some of {', '.join(choices)}")
     return words
+
+
+# The benchmark
+
+PARTS = ("steps", "optimizer", "ranking", "artemis", "loading", "epoch")
+CHOICES = dict(size=("small", "full"), precision=("no", "bf16"))  # flags with one value
+LISTS = dict(only=PARTS, modes=("both", "multi", "text"))  # flags with several values
+
+
+@dataclass
+class Benchmark:
+    "What to measure, and on what."
+
+    size: str = "small"  # small: reduced shapes; full: BLIP-2's. Random weights both
+    batch_size: int = 4  # triplets a step
+    device: str | None = None  # cpu, cuda ...; None: a GPU if there is one
+    precision: str = "no"  # no (float32) or bf16 (autocast, and the trunk)
+    repeats: int = 3  # of each measurement, after a warm-up; the median counts
+    modes: tuple[str, ...] = ("both", "multi")  # of --encoder: both, multi, text
+    only: tuple[str, ...] = PARTS[:-1]  # some of the parts, separated by commas; epoch takes longest
+    triplets: int = 60  # of the epoch's training split; validation has CIRR's share of that
+    seed: int = 0  # of weights, world and features
+    gpu: bool = False  # instead, all checks and measurements for a GPU, in under eight minutes
+    dry: bool = False  # with --gpu: the same on the CPU at reduced shapes
+    output: str = "benchmark"  # folder of benchmark.json, benchmark.csv and benchmark.png; with --gpu of gpu.json
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise CalaError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        for name, choices in LISTS.items():
+            value = getattr(self, name)
+            values = value.replace(",", " ").split() if isinstance(value, str) else value
+            if not values or not set(values) <= set(choices):
+                raise CalaError(f"--{name} {','.join(values)}: give some of {', '.join(choices)}")
+            setattr(self, name, tuple(values))
+        for name in ("batch_size", "repeats", "triplets"):
+            if getattr(self, name) < 1:
+                raise CalaError(f"{spell_flag(name)} {getattr(self, name)}: give 1 or more")
+        if self.dry and not self.gpu:
+            raise CalaError("--dry belongs to --gpu; give both")
+
+    def spell(self) -> str:
+        "The command line that measures this."
+        words = ["python -m cala.scripts.benchmark"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is True:
+                words.append(spell_flag(field.name))
+            elif value != field.default:
+                words.append(f"{spell_flag(field.name)} {','.join(value) if isinstance(value, tuple) else value}")
+        return " ".join(words)

@@ -53,12 +53,12 @@ def ctr_with_query_reference(
     encoded: Encoded,  # of a batch
 ) -> torch.Tensor:  # (B, B)
     "CTR logits in which each row has the reference of its own query with every target."
-    if model.tac is None or encoded.F_r_alone is None:
+    if model.compositor is None or encoded.F_r_alone is None:
         raise CalaError("this probe needs a model with CTR; give it a weight of CTR above 0")
     rows = []
     for i, text in enumerate(encoded.F_c.feature):
         references = encoded.F_r_alone.tokens[i : i + 1].expand_as(encoded.F_t.tokens)
-        pairs = model.tac(references, encoded.F_t.tokens)  # (B, d)
+        pairs = model.compositor(references, encoded.F_t.tokens)  # (B, d)
         rows.append(association_logits(text[None], pairs, model.ctr_scale, model.normalise)[0])
     return torch.stack(rows)
 

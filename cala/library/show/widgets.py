@@ -232,7 +232,7 @@ def association_votes(
         hca = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets, mask)
         logits["z_tbia"] = association_logits(hca, F_r.feature, model.tbia_scale, model.normalise)[:, 0]
     if "CTR" in which:
-        tac = model.tac(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
+        tac = model.compositor(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
         logits["z_ctr"] = association_logits(tac, F_c.feature, model.ctr_scale, model.normalise)[:, 0]
     return logits
 
@@ -331,7 +331,7 @@ class QueryExplorer(Movable):
         for model in self.models.values() if name is None else [self.models[name]]:
             if getattr(model, "hca", None) is not None:
                 associations.add("TBIA")
-            if getattr(model, "tac", None) is not None:
+            if getattr(model, "compositor", None) is not None:
                 associations.add("CTR")
         return associations
 
