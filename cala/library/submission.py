@@ -125,6 +125,7 @@ def submission_faults(
 
 def read_submission(
     path: str | Path,  # a JSON file
+    command: str = "cala-cirr-submission",  # that writes such files
 ) -> tuple[dict, list[str]]:  # its content, and faults
     "Read a submission file; a key that it has twice is a fault, because JSON keeps the last one silently."
     repeated = []
@@ -136,7 +137,7 @@ def read_submission(
     try:
         content = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=note_repeated)  # UTF-8 only
     except OSError as error:
-        message = f"{path} cannot be read ({error.strerror}); write it with cala-cirr-submission"
+        message = f"{path} cannot be read ({error.strerror}); write it with {command}"
         raise CalaError(message) from None
     except (ValueError, RecursionError) as error:
         return {}, [f"it is not JSON ({error})"]
