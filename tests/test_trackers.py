@@ -1,8 +1,9 @@
-"The log in TensorBoard and Comet: what the CSV files hold and the recipe, nothing else, and only when asked."
+"The log in TensorBoard, Comet and Weights & Biases: the CSV files and the recipe, nothing else, and only when asked."
 
 import csv
 import sys
 import zipfile
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -139,7 +140,7 @@ def test_what_comet_refuses_is_one_line(world, tmp_path, comet, monkeypatch, cap
 
     monkeypatch.setattr(comet, "start", start)
     line = refused(capsys, world, tmp_path / "run", "--api-key", "a-secret")
-    assert "(ValueError: no such workspace); correct --api-key" in line and "a-secret" not in line
+    assert "(ValueError: no such workspace more about it); correct --api-key" in line and "a-secret" not in line
 
 
 def test_an_archive_is_whole_although_the_run_failed(world, tmp_path, comet, monkeypatch, capsys):
@@ -159,10 +160,89 @@ def test_an_archive_is_whole_although_the_run_failed(world, tmp_path, comet, mon
 
 @pytest.mark.parametrize(
     "package, words",
-    [("tensorboard", ["--tensorboard"]), ("comet_ml", ["--comet-offline", "x"]), ("comet_ml", ["--api-key", "x"])],
+    [
+        ("tensorboard", ["--tensorboard"]),
+        ("comet_ml", ["--comet-offline", "x"]),
+        ("comet_ml", ["--api-key", "x"]),
+        ("wandb", ["--wandb"]),
+    ],
 )
 def test_a_tracker_that_is_not_installed_is_one_line(world, tmp_path, monkeypatch, capsys, package, words):
     found = cala.library.trackers.find_spec
     monkeypatch.setattr(cala.library.trackers, "find_spec", lambda name: None if name == package else found(name))
     assert f"{package} is not installed: pip install {package}" in refused(capsys, world, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+class StandInRun:
+    "Stands for a run of wandb, and remembers what it is told."
+
+    def __init__(self, options):
+        self.options, self.rows, self.is_finished = options, [], False
+
+    def log(self, values, step=None):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.is_finished = True
+
+
+class StandInWandb(ModuleType):
+    "Stands for wandb, whose package is large and wants an account; only what Accelerate's tracker calls is here."
+
+    def __init__(self, error=None):
+        super().__init__("wandb")
+        self.runs, self.values, self.error, self.config = [], {}, error, self
+
+    def init(self, **options):
+        if self.error:
+            raise self.error
+        self.runs.append(StandInRun(options))
+        return self.runs[-1]
+
+    def update(self, values, allow_val_change):
+        self.values |= values
+
+
+@pytest.fixture
+def install_wandb(monkeypatch):
+    "A function that puts a stand-in in the place of wandb."
+    find_real = cala.library.trackers.find_spec
+
+    def install(error=None):
+        wandb = StandInWandb(error)
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        monkeypatch.setattr(cala.library.trackers, "find_spec", lambda name: name == "wandb" or find_real(name))
+        return wandb
+
+    return install
+
+
+def test_weights_and_biases_gets_recipe_log_and_validations(world, tmp_path, install_wandb):
+    wandb = install_wandb()
+    run(world, tmp_path / "run", "--wandb", "--experiment-name", "mine", "--workspace", "ours")
+    (experiment,) = wandb.runs
+    options = experiment.options
+    assert (options["project"], options["name"], options["entity"]) == ("cala", "mine", "ours")
+    assert options["dir"] == str(tmp_path / "run") and options["settings"]["console"] == "off"
+    assert wandb.values["encoder_arch"] == "tiny" and "api_key" not in wandb.values
+    log, metrics = (pd.read_csv(tmp_path / "run" / name) for name in ("log.csv", "metrics.csv"))
+    losses = {step: values["loss"] for step, values in experiment.rows if "loss" in values}
+    assert losses == pytest.approx(dict(zip(log.step, log.loss)))
+    scores = [values["val/score"] for _, values in experiment.rows if "val/score" in values]
+    assert scores == pytest.approx(list(metrics.score)) and experiment.is_finished
+
+
+def test_what_weights_and_biases_refuses_is_one_line(world, tmp_path, install_wandb, capsys):
+    install_wandb(ValueError("api_key not configured (no-tty)\nmore about it"))
+    line = refused(capsys, world, tmp_path / "run", "--wandb")
+    assert "api_key not configured (no-tty)" in line and "set WANDB_MODE=offline" in line and "--api-key" not in line
+
+
+def test_weights_and_biases_offline_writes_into_the_runs_folder(world, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(world, tmp_path / "run", "--wandb", epochs=1)
+    names = {path.name for path in (tmp_path / "run/wandb").rglob("*")}
+    assert any(name.endswith(".wandb") for name in names)
+    assert not names & {"requirements.txt", "wandb-metadata.json", "output.log", "diff.patch"}

@@ -79,6 +79,7 @@ MAY_DIFFER = frozenset(
         "experiment_name",
         "comet_offline",
         "tensorboard",
+        "wandb",
         "backbone_weights",
         "tokenizer",
         "validation_frequency",

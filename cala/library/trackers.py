@@ -1,4 +1,4 @@
-"""Comet and TensorBoard: Accelerate's trackers get the recipe and the log of a run, and collect nothing else."""
+"""Comet, TensorBoard, Weights & Biases: Accelerate's trackers get the recipe and the log of a run, and nothing else."""
 
 import os
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import tracking
 
+from ..backbones.weights import shorten
 from ..errors import CalaError
 from ..recipe import Recipe
 from ..training import Callback
@@ -23,6 +24,20 @@ COMET_OPTIONS = (  # what Comet collects by itself unless each is switched off
     "auto_param_logging",
     "auto_metric_logging",
     "auto_log_co2",
+)
+WANDB_SETTINGS = dict(  # likewise
+    console="off",
+    disable_code=True,
+    disable_git=True,
+    disable_job_creation=True,
+    x_disable_machine_info=True,
+    x_disable_meta=True,
+    x_disable_stats=True,
+    x_save_requirements=False,
+)
+ADVICE = dict(
+    comet="correct --api-key or --workspace, or take --comet-offline FOLDER",
+    wandb="run `wandb login`, correct --workspace, or set WANDB_MODE=offline",
 )
 
 
@@ -58,8 +73,23 @@ def make_comet(
     )
 
 
+def make_wandb(
+    recipe: Recipe,  # workspace, experiment_name
+    output: Path,  # the run's folder, whose name is the run's if it has none
+) -> tracking.GeneralTracker:
+    "Accelerate's tracker for Weights & Biases; WANDB_API_KEY and WANDB_MODE work as wandb describes them."
+    require_package("wandb")
+    return tracking.WandBTracker(
+        "cala",
+        name=recipe.experiment_name or output.name,
+        entity=recipe.workspace,
+        dir=str(output),
+        settings=WANDB_SETTINGS,
+    )
+
+
 def make_trackers(
-    recipe: Recipe,  # tensorboard, api_key, comet_offline
+    recipe: Recipe,  # tensorboard, api_key, comet_offline, wandb
     output: Path,  # the run's folder
 ) -> list | None:  # for Accelerate; None where the CSV files are all
     "The trackers that the recipe asks for."
@@ -69,6 +99,8 @@ def make_trackers(
         trackers.append(tracking.TensorBoardTracker("tensorboard", logging_dir=str(output)))
     if recipe.comet_offline or recipe.api_key:
         trackers.append(make_comet(recipe, output))
+    if recipe.wandb:
+        trackers.append(make_wandb(recipe, output))
     return trackers or None
 
 
@@ -84,12 +116,13 @@ class Track(Callback):
         values = {name: value for name, value in asdict(learner.recipe).items() if value is not None}
         values.pop("api_key", None)
         values["categories"] = ",".join(values["categories"])  # trackers take no lists
-        advice = "correct --api-key or --workspace, or take --comet-offline FOLDER"
+        is_comet = learner.recipe.api_key or learner.recipe.comet_offline
+        names = [name for name, is_used in (("comet", is_comet), ("wandb", learner.recipe.wandb)) if is_used]
+        advice = "; ".join(ADVICE[name] for name in names) or "leave out --tensorboard"
         try:
             learner.accelerator.init_trackers("cala", values)
-        except Exception as error:  # each library has errors of its own
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise CalaError(f"the tracker does not start ({reason}); {advice}") from error
+        except Exception as error:  # of a tracker's library, which has errors of its own; none of it is code of cala
+            raise CalaError(f"the tracker does not start ({shorten(error)}); {advice}") from error
         trackers = [each.tracker for each in learner.accelerator.trackers]
         if any(getattr(tracker, "alive", True) is False for tracker in trackers):  # Comet prints why, and would go on
             raise CalaError(f"the tracker does not reach its server; {advice}")
