@@ -5,7 +5,7 @@ The names in `PUBLIC` are the public interface. Each is imported on first use, s
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC = {
     "CIRR": "data",
@@ -29,8 +29,12 @@ PUBLIC = {
     "make_model": "training",
     "CalaError": "errors",
     "audit": "library.audit",
+    "CIRCO": "library.circo",
+    "circo_metrics": "library.circo",
+    "write_circo_submission": "library.circo",
     "draw_cirr": "library.worlds.scenes",
     "draw_fashioniq": "library.worlds.garments",
+    "draw_circo": "library.worlds.circo",
     "load_checkpoint": "library.checkpoint",
     "save_checkpoint": "library.checkpoint",
     "load_released": "library.released",

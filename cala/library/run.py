@@ -27,7 +27,6 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from ..errors import CalaError
 from .cache import cache_folder
@@ -56,6 +55,7 @@ from .speed import compile_parts
 from .trackers import Track
 from .trackers import make_trackers
 from ..model import CaLa
+from ..progress import show_progress
 from ..recipe import Recipe
 from ..recipe import run_folder
 from ..retrieval import evaluating
@@ -149,8 +149,9 @@ def embed_targets(
     positions = torch.arange(accelerator.process_index, len(pictures), accelerator.num_processes)
     share = Subset(pictures, positions.tolist())
     loader = DataLoader(share, max(64, recipe.batch_size), num_workers=recipe.num_workers)
+    batches = show_progress(loader, "target features", unit="batches", is_hidden=not accelerator.is_main_process)
     with evaluating(model):
-        rows = torch.cat([model.embed_gallery(batch.to(device)).float() for batch in loader])
+        rows = torch.cat([model.embed_gallery(batch.to(device)).float() for batch in batches])
     return collect_rows(positions, rows, len(pictures), accelerator)
 
 # %% ../../nbs/library/run.ipynb #c8ab6f45
@@ -175,7 +176,7 @@ class Watch(Callback):
 
 
 class Progress(Callback):
-    "Shows a progress bar."
+    "Shows how far the training is and how long it will still take."
 
     order = 70
     bar = None
@@ -183,13 +184,13 @@ class Progress(Callback):
     def before_fit(self, learner: Learner):
         recipe, steps = learner.recipe, len(learner.loader)
         total = (recipe.num_epochs - learner.epochs_done) * steps - learner.position
-        is_hidden = None if learner.accelerator.is_main_process else True  # None: hidden where there is no terminal
-        self.bar = tqdm(total=max(0, total), desc=recipe.experiment_name or "training", disable=is_hidden)
+        is_hidden = not learner.accelerator.is_main_process
+        self.bar = show_progress(None, recipe.experiment_name or "training", max(0, total), "steps", is_hidden)
 
     def after_batch(self, learner: Learner):
         row = learner.log[-1]
+        self.bar.set_postfix(epoch=row["epoch"], loss=f"{row['loss']:.3f}", refresh=False)
         self.bar.update()
-        self.bar.set_postfix(epoch=row["epoch"], loss=f"{row['loss']:.3f}")
 
     def cleanup(self, learner: Learner):
         if self.bar is not None:
