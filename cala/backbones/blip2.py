@@ -37,6 +37,7 @@ from .weights import FLAG
 from .weights import fetch
 from .weights import find_file
 from .weights import find_neighbour
+from .weights import has_hub_layout
 from .weights import is_reachable
 from .weights import is_url
 from .weights import list_hub_files
@@ -333,6 +334,7 @@ class Published(NamedTuple):
 
     qformer: str  # file of the Q-Former
     trunk: str | None  # file of the trunk; None: it is in the file of the Q-Former
+    hub: str | None  # repository of the Hugging Face Hub that has the same weights in one file
     make_tower: Callable[..., VisionTransformer]
     width: int  # w, of the trunk's tokens
     size: int  # pixels of a picture
@@ -340,9 +342,11 @@ class Published(NamedTuple):
 
 
 PUBLISHED = dict(
-    pretrain_vitL=Published("blip2_pretrained_vitL.pth", "clip_vit_L.pth", clip_tower, 1024, 224, True),
-    pretrain=Published("blip2_pretrained.pth", "eva_vit_g.pth", eva_tower, 1408, 224, True),
-    coco=Published("blip2_finetune_coco.pth", None, eva_tower, 1408, 364, False),
+    pretrain_vitL=Published("blip2_pretrained_vitL.pth", "clip_vit_L.pth", None, clip_tower, 1024, 224, True),
+    pretrain=Published(
+        "blip2_pretrained.pth", "eva_vit_g.pth", "Salesforce/blip2-itm-vit-g", eva_tower, 1408, 224, True
+    ),
+    coco=Published("blip2_finetune_coco.pth", None, "Salesforce/blip2-itm-vit-g-coco", eva_tower, 1408, 364, False),
 )
 
 
@@ -427,8 +431,9 @@ def advise_files(
 ) -> str:
     "The files that a model needs, as the end of an error."
     published = PUBLISHED[model_name]
-    beside = f", with {published.trunk} in the same folder," if published.trunk else ""
-    return f"--model-name {model_name} needs {published.qformer}{beside} as {FLAG}"
+    beside = f" with {published.trunk} in the same folder" if published.trunk else ""
+    hub = f", or model.safetensors of {published.hub}," if published.hub else ""
+    return f"--model-name {model_name} needs {published.qformer}{beside}{hub} as {FLAG}"
 
 # %% ../../nbs/backbones/blip2.ipynb #5ee005fe
 SIZES = dict(
@@ -475,8 +480,8 @@ def read_trunk(
 ) -> dict[str, Tensor]:  # weights by LAVIS's names
     "The weights of the trunk from its own file."
     trunk = PUBLISHED[model_name].trunk
-    if not trunk:
-        raise CalaError(f"{place} holds no trunk; {advise_files(model_name)}")
+    if not trunk or _is_from_hub(place):  # the trunk belongs into the same file
+        raise CalaError(f"{_name_file(place)} holds no trunk; {advise_files(model_name)}")
     path = find_published(find_neighbour(place, trunk), trunk)
     state = select_tensors(read_weights(path), path)
     description = describe_contents(state)
@@ -516,7 +521,15 @@ def read_published(
 
 def _refuse(path, model_name, others, content):
     advice = f"give --model-name {' or '.join(others)}" if others else advise_files(model_name)
-    raise CalaError(f"{path} is not of {model_name}: it holds {content}; {advice}")
+    raise CalaError(f"{_name_file(path)} is not of {model_name}: it holds {content}; {advice}")
+
+
+def _is_from_hub(path):
+    return not is_url(path) and has_hub_layout(path)
+
+
+def _name_file(path):
+    return f"Hugging Face's {path}" if _is_from_hub(path) else str(path)
 
 # %% ../../nbs/backbones/blip2.ipynb #0ced40f9
 def import_lavis() -> Callable | None:
