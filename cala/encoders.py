@@ -37,13 +37,13 @@ from torch import Tensor
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from .contrast import image_text_contrast
 from .data import image_transform
 from .errors import CalaError
 from .options import accepts
 from .options import list_options
+from .progress import show_progress
 from .qformer import QFormer
 from .trust import hash_tensors
 from .trust import refuse_foreign_code
@@ -454,7 +454,7 @@ def pretrain(
     neighbours: int = 1,  # neighbouring pictures that share a batch; 3 suits the groups of CIRR
     num_workers: int = 0,  # processes that decode pictures
     seed: int = 0,  # of order and dropout
-    progress: bool = True,  # show a progress bar
+    progress: bool = True,  # show how far the training is
 ) -> list[float]:  # the loss of every step
     "Stage 1: train trunk and Q-Former so that pictures and their captions have similar features."
     torch.manual_seed(seed)
@@ -468,7 +468,7 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step / steps))
     batches = _draw_batches(pictures, batch_size, neighbours, num_workers, seed)
     losses = []
-    for _ in tqdm(range(steps), desc="stage 1", disable=not progress):
+    for _ in show_progress(range(steps), "stage 1", unit="steps", is_hidden=not progress):
         images, captions = next(batches)
         tokens = backbone.trunk(images.to(device))
         ids, mask = backbone.read(captions)
