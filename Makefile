@@ -9,7 +9,7 @@ export OMP_NUM_THREADS = $(THREADS)
 JOBS    ?= 2
 
 .PHONY: help install hooks demo test test-without-lavis style format types words sync notebooks pytest coverage mutants lock \
-        prepare outputs lab browser docs clean
+        prepare outputs lab browser gpu docs clean
 
 help:            ## print this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -83,6 +83,9 @@ lab: install     ## read the notebooks in JupyterLab
 browser: install ## open the tutorials in a real JupyterLab: run every cell, move every widget, pictures go to _browser (NOTEBOOKS="first_run attention_atlas" for some)
 	@$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[browser]"
 	$(BIN)/python .ci/browser.py $(NOTEBOOKS)
+
+gpu: install     ## on a machine with a GPU: tests, times and memory beside the limits of the GPU, in 8 minutes (DRY=1: on the CPU, small)
+	$(BIN)/python -m cala.scripts.benchmark --gpu $(if $(DRY),--dry) --output $(or $(OUTPUT),gpu)
 
 docs: install    ## write every notebook as an HTML page with its outputs, into _docs
 	$(BIN)/python .ci/docs.py

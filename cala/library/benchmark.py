@@ -378,11 +378,12 @@ def measure_steps(
     for mode in bench.modes:
         model.backbone.fine_tune(mode)
         path = folder / f"{mode}.pt"
-        released_seconds = None
+        released_seconds = 0.0
         for level in make_levels(bench, model, data, folder):
-            row = dict(mode=mode, level=level.name) | measure_level(bench, model, level, device, path)
-            released_seconds = released_seconds or row["seconds"]
-            rows.append(row | dict(ratio=released_seconds / row["seconds"]))
+            numbers = measure_level(bench, model, level, device, path)
+            released_seconds = released_seconds or numbers["seconds"]
+            ratio = released_seconds / numbers["seconds"]
+            rows.append(dict(mode=mode, level=level.name) | numbers | dict(ratio=ratio))
         path.unlink()
     return pd.DataFrame(rows)
 
@@ -396,13 +397,13 @@ def measure_optimizer(
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
-    seconds = {}
+    seconds: dict[str, float] = {}
     for name, fused in dict(default=None, fused=True).items():
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.05, fused=fused)
         seconds[name] = time_call(optimizer.step, bench.repeats)
     model.zero_grad(set_to_none=True)
     # It reads weight, gradient and two averages, and writes weight and averages.
-    return seconds | dict(bytes=7 * sum(p.nbytes for p in trained))
+    return seconds | {"bytes": float(7 * sum(p.nbytes for p in trained))}
 
 # %% ../../nbs/library/benchmark.ipynb #1dcaf75b
 def rank_by_names(
@@ -791,8 +792,8 @@ def describe_parts(
         lines.append("what one process reads:\n" + loading.to_string(index=False))
     for part in results["epoch"].to_dict("records") if "epoch" in results else []:
         line = f"an epoch of {part['triplets']} triplets with --encoder {part['mode']}: "
-        line += f"released layout {part['released_training']:.1f} s and {part['released_validation']:.1f} s to validate, "
-        line += f"ours {part['ours_training']:.1f} s and {part['ours_validation']:.1f} s; "
+        line += f"released layout {part['released_training']:.1f} s and {part['released_validation']:.1f} s to validate"
+        line += f", ours {part['ours_training']:.1f} s and {part['ours_validation']:.1f} s; "
         line += f"recalls within {part['recalls']:.1g}; caches built in {part['built']:.1f} s, once"
         share = part["ours_flops"] / part["ours_training"] / limits.flops
         add(line, f"; speed-up {part['ratio']:.1f}, training {share:.0%} of peak")

@@ -1140,6 +1140,7 @@ LIBRARY = (
     "benchmark",
     "cache",
     "checkpoint",
+    "circo",
     "cli",
     "combiner",
     "demo",
@@ -1147,6 +1148,7 @@ LIBRARY = (
     "files",
     "flags",
     "gallery",
+    "gpu",
     "gradcache",
     "hub",
     "loading",
@@ -1170,6 +1172,7 @@ SCRIPTS = (
     "benchmark",
     "cache",
     "check",
+    "circo_submission",
     "cirr_submission",
     "combiner",
     "demo",
@@ -1210,7 +1213,7 @@ def draw_wings() -> Figure:
     for n, name in enumerate(LIBRARY):
         figure.box(470 + 112 * (n % 2), 200 + 34 * (n // 2), 102, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(SCRIPTS):
-        figure.box(746, 200 + 34 * n, 126, 28, name, look="cell", stroke=1.2)
+        figure.box(743, 200 + 34 * n, 132, 28, name, look="cell", stroke=1.2)
     return figure
 
 

@@ -2,7 +2,8 @@
 
 import textwrap
 from base64 import b64encode
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ INKED = [
     "ytick.color",
     "grid.color",
 ]
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib calls its keys `RcKeyType`
     **dict.fromkeys(INKED, GREY),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -59,9 +60,11 @@ STYLE = {
 LINE_SIZES = (10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5)  # points that a text in a box may have
 
 
-def style() -> AbstractContextManager:
+@contextmanager
+def style() -> Iterator[None]:
     "Context manager and decorator: figures made inside suit light and dark pages and colour-blind readers."
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
 def small_png(
