@@ -9,6 +9,7 @@ import errno
 import inspect
 import logging
 import os
+import re
 import sys
 import tokenize
 import warnings
@@ -27,6 +28,7 @@ from math import isfinite
 from pathlib import Path
 from textwrap import dedent
 from types import FrameType
+from typing import Annotated
 from typing import Any
 from typing import Literal
 from typing import get_args
@@ -45,6 +47,7 @@ NO_FLAGS = {  # no command has such a flag, and people try it
     "--device": "CUDA_VISIBLE_DEVICES=0 chooses the first GPU, CUDA_VISIBLE_DEVICES= the CPU",
     "--lr": "did you mean --learning-rate?",
 }
+Words = Annotated[str, "words"]  # text that is a list: words with commas, blanks or both between them
 LARGEST = 2**63 - 1  # of the whole numbers that torch and Python's own iterators take
 
 
@@ -66,7 +69,7 @@ def parse_flags(
     "Read the command line into `config`; a wrong flag or value is a `CalaError`."
     words = read_words(sys.argv[1:] if argv is None else argv)
     parameters = inspect.signature(config).parameters
-    hints = {name: strip_none(hint) for name, hint in get_type_hints(config).items()}
+    hints = {name: strip_none(hint) for name, hint in get_type_hints(config, include_extras=True).items()}
     comments = read_comments(config) if {"-h", "--help"} & set(words) else {}  # finding the source takes a moment
     parser = FlagParser(
         prog, usage="%(prog)s [flags]", description=config.__doc__, argument_default=SUPPRESS, allow_abbrev=False
@@ -172,6 +175,13 @@ def strip_none(
     return alternatives[0] if type(None) in get_args(hint) else hint
 
 
+def is_list_type(
+    hint: Any,  # the type of a field
+) -> bool:
+    "True if the flag of the field takes several words."
+    return hint == Words or get_origin(hint) in (list, tuple)
+
+
 def add_flag(
     parser: FlagParser,
     name: str,  # of the field
@@ -180,14 +190,14 @@ def add_flag(
     comment: str,  # its comment, for the help
 ) -> Action:  # its spellings are `--x`, `--x` and `--no-x`, or `--x` and `-x` for a single letter
     "Add the flag of one field; argparse hands its value on as text."
-    is_list = get_origin(hint) in (list, tuple)
+    is_list = is_list_type(hint)
     shown = ",".join(map(str, default)) if is_list and isinstance(default, (list, tuple)) else default
     has_default = isinstance(shown, (bool, int, float, str)) and shown != ""
     text = (f"{comment} (default: {shown})" if has_default else comment).replace("%", "%%")
     is_required = default is inspect.Parameter.empty
     if hint is bool:
         return parser.add_argument(spell_flag(name), action=BooleanOptionalAction, required=is_required, help=text)
-    kind = get_args(hint)[0] if is_list else hint
+    kind = get_args(hint)[0] if is_list else hint  # of one word
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     spellings = [spell_flag(name)] if len(name) > 1 else [spell_flag(name), f"-{name}"]
     return parser.add_argument(
@@ -210,12 +220,12 @@ def read_value(
         return value
     if default is None and value in ("None", ["None"]):
         return None
-    if get_origin(hint) not in (list, tuple):
+    if not is_list_type(hint):
         return read_word(value, hint, flag)
     items = [read_word(word, get_args(hint)[0], flag) for word in " ".join(value).replace(",", " ").split()]
     if not items:
         raise CalaError(f"{flag} is empty; give a value, or leave the flag out")
-    return get_origin(hint)(items)
+    return ",".join(items) if hint == Words else get_origin(hint)(items)
 
 
 def read_word(
@@ -245,17 +255,18 @@ def read_word(
 def read_comments(
     config: Callable,  # a dataclass, with those that it inherits from, or a function
 ) -> dict[str, str]:  # name -> comment
-    "The trailing comment of every field or parameter; a field stands on a line of its own."
+    "The trailing comment of every field or parameter; a field begins on a line of its own."
     comments = {}
     for part in reversed(config.__mro__) if is_dataclass(config) else [config]:
         try:
             source = dedent(inspect.getsource(part))
         except (OSError, TypeError):  # typed into a shell, or built in
             continue
-        lines, own_comments = source.splitlines(), {}
+        own_comments, name = {}, ""
         for token in tokenize.generate_tokens(StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                name = lines[token.start[0] - 1].partition(":")[0].strip()
+            if field := re.match(r"\s*(\w+)\s*:", token.line):
+                name = field[1]
+            if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
                 own_comments.setdefault(name, token.string.lstrip("# "))  # the body of a function comes later
         comments |= own_comments
     return comments
@@ -367,7 +378,7 @@ def run_command(
 
     What the user or the machine did wrong ends as one line and exit status 2, Ctrl-C as status 130. A closed pipe ends
     the command silently with 141, as a shell reports it. A bug keeps its traceback."""
-    prog = prog or Path(sys.argv[0]).name
+    prog = prog or find_name(sys.argv[0])
     hints = [hint for name, hint in get_type_hints(main).items() if name != "return"]
     config = next(filter(is_dataclass, hints), main)
     try:
@@ -384,6 +395,16 @@ def run_command(
             raise
     print(f"{prog}: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def find_name(
+    path: str,  # of the script that runs
+) -> str:  # for messages
+    "The name of a command: cala-train for the script cala-train, and for `python -m cala.scripts.train` too."
+    script = Path(path)
+    if script.resolve().parent == PACKAGE / "scripts":
+        return f"cala-{script.stem.replace('_', '-')}"
+    return script.name
 
 
 def command(

@@ -8,9 +8,13 @@ __all__ = ['Caching', 'main']
 # %% ../../nbs/commands/cache.ipynb #02bddaf3
 from dataclasses import dataclass
 from typing import Any
+from typing import Literal
 
 from ..errors import CalaError
+from ..library.cli import Words
 from ..library.cli import command
+from ..library.flags import check_workers
+from ..recipe import CACHES
 from ..recipe import Recipe
 
 # %% ../../nbs/commands/cache.ipynb #22025cfc
@@ -18,8 +22,10 @@ from ..recipe import Recipe
 class Caching(Recipe):
     "What to build: the flags of cala-train, and five more."
 
-    cache: str = "auto"  # tokens: the frozen trunk's; auto: and targets, where --encoder leaves them constant
-    splits: str = "train,val"  # of the data set, separated by commas: train, val, test1 (CIRR), test (FashionIQ)
+    cache: Literal[CACHES] = "auto"  # tokens: the frozen trunk's; auto: and targets, if --encoder leaves them constant
+    splits: Words = (
+        "train,val"  # of the data set, separated by commas or spaces: train, val, test1 (CIRR), test (FashionIQ)
+    )
     checkpoint: str | None = None  # take backbone and transform from this folder that cala-train wrote
     dry_run: bool = False  # print what it would cost, build nothing
     verify: bool = False  # read all of it again at the end and compare with checksums
@@ -39,4 +45,5 @@ def main(
     "Compute what the frozen modules give for every picture, once, on disk; print before what it costs."
     from cala.library.cache.jobs import prepare_caches
 
+    check_workers(recipe.num_workers)
     return prepare_caches(recipe, recipe.splits, recipe.checkpoint, recipe.dry_run, recipe.verify)

@@ -7,6 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/commands/train.ipynb #d4188b5e
 from ..library.cli import command
+from ..library.flags import check_workers
 from ..recipe import Recipe
 
 # %% ../../nbs/commands/train.ipynb #3f6aff6f
@@ -21,6 +22,7 @@ def main(
     from cala.library.run import summarise
     from cala.library.run import train
 
+    check_workers(recipe.num_workers)
     use_cpu_processes()
     run = train(recipe)
     if PartialState().is_main_process:
