@@ -9,6 +9,7 @@ the data sets in `cala.data` raise the first of them, `cala-check` prints all.
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -19,12 +20,15 @@ from typing import Any
 from .errors import CalaError
 from .pictures import PICTURE_FOLDERS
 
-SPLITS = {"CIRR": ("train", "val", "test1"), "FashionIQ": ("train", "val", "test")}
+SPLITS = {"CIRR": ("train", "val", "test1"), "FashionIQ": ("train", "val", "test"), "CIRCO": ("val", "test")}
 CATEGORIES = ("dress", "shirt", "toptee")
-FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset"}  # as published
+FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset", "CIRCO": "CIRCO"}  # as published
+CIRR_PLACES = ("cirr/captions", "cirr/image_splits", "captions", "image_splits")
+CIRR_PLACES += ("captions/captions", "captions/image_splits", "cirr", "")
 ANNOTATIONS = {  # where the files may be, the published places first, and how their names begin
-    "CIRR": (("cirr/captions", "cirr/image_splits", "captions", "image_splits", "cirr", ""), r"(cap|split)\.rc2\."),
+    "CIRR": (CIRR_PLACES, r"(cap|split)\.rc2\."),
     "FashionIQ": (("captions", "image_splits", ""), r"(cap|split)\.(dress|shirt|toptee)\."),
+    "CIRCO": (("annotations",), r"(val|test)\.json$"),  # `cala.library.circo` reads them
 }
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -34,7 +38,7 @@ class Triplet:
     "One query and, where labels are published, its target; pictures by name."
 
     reference: str  # name of the reference picture
-    captions: tuple[str, ...]  # one sentence (CIRR) or two (FashionIQ)
+    captions: tuple[str, ...]  # one sentence (CIRR) or two (FashionIQ; a few of its variants have one)
     target: str | None  # name of the target picture; None in test splits
     pair_id: str  # CIRR's pairid; FashionIQ has none: category and entry, as in dress-7
     group: tuple[str, ...] = ()  # CIRR: six similar pictures, reference and target among them
@@ -90,21 +94,51 @@ def data_folder(
     name: str,  # CIRR or FashionIQ
 ) -> Path:  # the data set's own folder
     "Find a data set by the names that people give to its folder, and by its annotation files."
-    root = Path(root)
-    if not root.is_dir():
-        raise CalaError(f"no folder {root}; point --data-root at the folder that holds {FOLDERS[name]}")
-    spelling = f"{name.lower()}(datasets?)?"  # without case, hyphens and underscores
-    named = [each for each in root.iterdir() if re.fullmatch(spelling, re.sub("[-_]", "", each.name.lower()))]
-    folders = [folder for folder in (root, *sorted(named)) if find_annotations(folder, name)]
+    folders = find_data_folders(root, name)
     if not folders:
         raise CalaError(
             f"{root} holds no annotations of {name} ({FOLDERS[name]}/{ANNOTATIONS[name][0][0]}); "
             "point --data-root at the folder that does"
         )
+    if len(folders) > 1:
+        raise CalaError(f"{root} holds {name} {len(folders)} times, as {folders[0]} and as {folders[1]}; choose one")
+    return folders[0]
+
+
+def find_data_folders(
+    root: str | Path,  # the folder that holds the data sets, or one data set's own folder
+    name: str,  # CIRR or FashionIQ
+) -> list[Path]:  # empty if it is not there; several if it is there more than once, one level further below
+    "The folders of a data set: the root, a folder in it with one of the usual names, or one level further below."
+    root = Path(root)
+    if not root.is_dir():
+        raise CalaError(f"no folder {root}; point --data-root at the folder that holds {FOLDERS[name]}")
+    folders = [choose_data_folder(root, name)]
+    if folders == [None]:  # an archive may unpack into a folder of its own, as in cirr-cir/cirr_dataset
+        folders = [choose_data_folder(each, name) for each in list_folders(root) if not each.name.startswith(".")]
+    return [folder for folder in folders if folder is not None]
+
+
+def choose_data_folder(
+    root: Path,  # the folder that holds the data sets, or one data set's own folder
+    name: str,  # CIRR or FashionIQ
+) -> Path | None:  # None if it is not there
+    "The folder of a data set: the root, or a folder in it with one of the usual names."
+    spelling = f"{name.lower()}(datasets?)?"  # without case, hyphens and underscores
+    named = [each for each in list_folders(root) if re.fullmatch(spelling, re.sub("[-_]", "", each.name.lower()))]
+    folders = [folder for folder in (root, *named) if find_annotations(folder, name)]
     # A root with a folder cirr/ may be CIRR's own folder or the folder above it: the one with pictures is CIRR's own.
     parts = [Path(home, part) for home in PICTURE_FOLDERS for part in ("train", "dev", "test1", *CATEGORIES)]
     with_pictures = [folder for folder in folders if any((folder / part).is_dir() for part in parts)]
-    return (with_pictures or folders)[0]
+    return next(iter(with_pictures or folders), None)
+
+
+def list_folders(folder: Path) -> list[Path]:
+    "The folders in a folder; none if it may not be read."
+    try:
+        return sorted(each for each in folder.iterdir() if each.is_dir())
+    except OSError:
+        return []
 
 
 def find_annotations(
@@ -124,32 +158,51 @@ def find_annotations(
 def find_pictures(
     folder: Path,  # of the data set
     parts: list[str],  # CIRR: train, dev or test1; FashionIQ: images
+    follow_links: bool = False,  # look into linked folders of a part, too
 ) -> dict[str, str]:  # name without suffix -> path
     "Every picture in the folders where that part of a data set may be; if a name occurs twice, the first counts."
+    homes = [os.path.join(folder, home).rstrip("/") for home in PICTURE_FOLDERS]
     if list(parts) == ["images"]:
-        parts = ["", *CATEGORIES]
-    pictures, visited = {}, {str(folder)}
-    for top in [os.path.join(folder, home, part).rstrip("/") for part in parts for home in PICTURE_FOLDERS]:
-        for place, inner_folders, files in os.walk(top):
-            inner_folders.sort()
-            if place in visited:
-                inner_folders.clear()
-                continue
-            visited.add(place)
+        tops = [*homes[1:], *(os.path.join(home, category) for home in homes for category in CATEGORIES)]
+    else:
+        tops = [os.path.join(home, part) for part in parts for home in homes]
+    pictures, visited = {}, set()
+    for top in [*tops, *homes]:
+        is_deep = top in tops  # of a home itself only its own files: the pictures of all parts may lie together in it
+        for place, files in walk_folders(top, is_deep, follow_links, visited):
             for stem, suffix in map(os.path.splitext, sorted(files)):
                 if suffix.lower() in PICTURE_SUFFIXES:
                     pictures.setdefault(stem, os.path.join(place, stem + suffix))
     return pictures
 
 
+def walk_folders(
+    top: str,  # may be missing
+    is_deep: bool,  # go into the folders below it
+    follow_links: bool,  # into linked ones, too
+    visited: set[str],  # folders to leave out; changed in place
+) -> Iterator[tuple[str, list[str]]]:
+    "Each folder with the names of its files, in alphabetical order."
+    for place, inner_folders, files in os.walk(top, followlinks=follow_links):
+        real = os.path.realpath(place) if follow_links else place
+        if real in visited or not is_deep:
+            inner_folders.clear()
+        inner_folders.sort()
+        if real not in visited:
+            visited.add(real)
+            yield place, files
+
+
 def locate_pictures(
     folder: Path,  # of the data set
     paths: list[str],  # where the pictures are published, relative to the folder
     pictures: dict[str, str] | None = None,  # of `find_pictures`, if it was called before
+    follow_links: bool = False,  # look into linked folders of a part, too
 ) -> list[Path]:  # one a picture; the published place if there is no such picture
     "Find the pictures of a split. One walk through the folders is faster than a question for each of many places."
     if pictures is None:
-        pictures = find_pictures(folder, sorted({PurePosixPath(path).parts[0] for path in paths}))
+        parts = sorted({PurePosixPath(path).parts[0] for path in paths})
+        pictures = find_pictures(folder, parts, follow_links)
     published = [Path(folder, path) for path in paths]
     return [
         path if path.stem not in pictures or os.path.isfile(path) else Path(pictures[path.stem]) for path in published
@@ -224,9 +277,9 @@ def has_members(value: Any) -> bool:
     return isinstance(members, list) and all(isinstance(member, str) for member in members)
 
 
-def is_caption_pair(value: Any) -> bool:
-    "True for a list of two sentences."
-    return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
+def is_caption_list(value: Any) -> bool:
+    "True for a list of one or two sentences."
+    return isinstance(value, list) and len(value) in (1, 2) and all(map(is_text, value))
 
 
 FIELDS = {  # of an entry: key -> (check, what is wanted); reference and target come first
@@ -240,7 +293,7 @@ FIELDS = {  # of an entry: key -> (check, what is wanted); reference and target 
     "FashionIQ": {
         "candidate": (is_text, "text"),
         "target": (is_text, "text"),
-        "captions": (is_caption_pair, "a list of two sentences"),
+        "captions": (is_caption_list, "a list of one or two sentences"),
     },
 }
 
@@ -284,23 +337,69 @@ def read_annotations(
     name: str,  # CIRR or FashionIQ
     split: str,  # train, val, and test1 (CIRR) or test (FashionIQ)
     category: str = "",  # of FashionIQ
+    gallery_of: str = "split",  # whose pictures are in the gallery: split, or all (all splits and categories)
 ) -> Annotations:
     "Read and check the two files of a split; whatever is wrong is in the faults of the result."
-    annotations, files = Annotations(), find_annotations(folder, name)
-    for kind, place in zip(("split", "cap"), reversed(ANNOTATIONS[name][0][:2])):
-        file_name = f"{kind}.{category or 'rc2'}.{split}.json"
-        file = files.get(file_name, Path(folder, place, file_name))
-        content_type = dict if kind == "split" and name == "CIRR" else list
-        try:
-            content = read_json(file, content_type)
-        except CalaError as error:
-            annotations.faults.append(str(error))
-            content = content_type()
-        if kind == "split":
-            add_pictures(annotations, file, content)
-        else:
-            add_triplets(annotations, file, content, name, split, category)
+    if gallery_of not in ("split", "all"):
+        raise CalaError(f"no gallery {gallery_of!r}; there are split and all")
+    annotations = read_gallery(folder, name, split, category)
+    file, entries = read_file(annotations, folder, name, "cap", split, category)
+    add_triplets(annotations, file, entries, name, split, category)
+    if gallery_of == "all":
+        add_other_galleries(annotations, folder, name, split, category)
     return annotations
+
+
+def add_other_galleries(
+    annotations: Annotations,  # of one split and category; changed in place
+    folder: Path,  # of the data set
+    name: str,  # CIRR or FashionIQ
+    split: str,
+    category: str,  # of FashionIQ
+):
+    "Add the pictures of all other splits and categories."
+    paths = dict(zip(annotations.names, annotations.paths))
+    for other_split in SPLITS[name]:
+        for other_category in CATEGORIES if name == "FashionIQ" else ("",):
+            if (other_split, other_category) != (split, category):
+                other = read_gallery(folder, name, other_split, other_category)
+                annotations.faults += other.faults
+                paths = dict(zip(other.names, other.paths)) | paths
+    own = annotations.names
+    annotations.names = list(dict.fromkeys([*own, *paths]))
+    annotations.paths = [paths[picture] for picture in annotations.names]
+
+
+def read_gallery(
+    folder: Path,  # of the data set
+    name: str,  # CIRR or FashionIQ
+    split: str,  # train, val, and test1 (CIRR) or test (FashionIQ)
+    category: str = "",  # of FashionIQ
+) -> Annotations:  # without triplets
+    "Read and check the split file only, which names the pictures."
+    annotations = Annotations()
+    add_pictures(annotations, *read_file(annotations, folder, name, "split", split, category))
+    return annotations
+
+
+def read_file(
+    annotations: Annotations,  # takes the fault if the file cannot be read
+    folder: Path,  # of the data set
+    name: str,  # CIRR or FashionIQ
+    kind: str,  # cap or split
+    split: str,
+    category: str,  # of FashionIQ
+) -> tuple[Path, Any]:  # the file, and its content; empty if it cannot be read
+    "One annotation file of a split, from where it is."
+    file_name = f"{kind}.{category or 'rc2'}.{split}.json"
+    published = ANNOTATIONS[name][0][:2][kind == "split"]
+    file = find_annotations(folder, name).get(file_name, Path(folder, published, file_name))
+    content_type = dict if kind == "split" and name == "CIRR" else list
+    try:
+        return file, read_json(file, content_type)
+    except CalaError as error:
+        annotations.faults.append(str(error))
+        return file, content_type()
 
 
 def add_pictures(
@@ -334,7 +433,7 @@ def add_triplets(
     category: str,
 ):
     "Check the entries of a caption file and add a triplet for each that is fine."
-    names, pair_ids = set(annotations.names), set()
+    names, pair_ids, single = set(annotations.names), set(), []
     for i, entry in enumerate(entries):
         place = f"{file} entry {i}"
         try:
@@ -356,6 +455,7 @@ def add_triplets(
                 annotations.faults += faults
         else:
             texts, pair_id = tuple(entry["captions"]), f"{category}-{i}"
+            single += [i] if len(texts) == 1 else []
             triplet = Triplet(entry["candidate"], texts, entry.get("target"), pair_id, category=category)
         annotations.triplets.append(triplet)
         if triplet.reference == triplet.target:
@@ -364,3 +464,5 @@ def add_triplets(
             annotations.notes.append(f"{place}: has an empty caption")
     if len({triplet.target is None for triplet in annotations.triplets}) > 1:
         annotations.faults.append(f"{file}: some entries have a target and some have none")
+    if 0 < len(single) < len(annotations.triplets):
+        annotations.faults += [f"{file} entry {i}: has one sentence, and other entries have two" for i in single]

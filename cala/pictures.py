@@ -12,7 +12,7 @@ from PIL import ImageOps
 from .errors import CalaError
 
 MAX_PIXELS = 89_478_485  # above this PIL warns of a decompression bomb
-PICTURE_FOLDERS = ("", "images", "image_data", "img_raw", "resized_image", "resized_images")  # of a data set
+PICTURE_FOLDERS = ("", "images", "image_data", "img_raw", "resized_image", "resized_images", "COCO2017_unlabeled")
 
 
 def read_picture(
@@ -74,7 +74,7 @@ def find_picture_fault(
         return f"no picture {shorten_path(path)}; cala-check lists all that are missing"
     if root is not None and escapes_root(path, root):
         return (
-            f"{path} is a link out of {root}; put the picture itself there "
+            f"{path} is a link out of {root}; give --follow-links if you trust it, or put the picture itself there "
             "(cp -rL copies a folder of links as a folder of files)"
         )
     if os.path.getsize(path) == 0:
@@ -92,7 +92,7 @@ def escapes_root(
     further below may have come with a stranger's archive."""
     path, root = Path(path), Path(root)
     folders = path.relative_to(root).parts[:-1]
-    depth = 2 if folders and folders[0] in PICTURE_FOLDERS else 1
+    depth = 2 if folders and folders[0] in (*PICTURE_FOLDERS, "COCO2017_unlabeled") else 1
     homes = [root.joinpath(*folders[:count]) for count in range(min(depth, len(folders)) + 1)]
     real = Path(os.path.realpath(path)) if path.is_symlink() else resolve_folder(path.parent.absolute()) / path.name
     return not any(real.is_relative_to(resolve_folder(home.absolute())) for home in homes)

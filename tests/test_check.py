@@ -63,6 +63,23 @@ def test_holes_end_with_status_1_and_are_named(root, run):
     assert status == 1 and f"{torn} cannot be decoded" in out
 
 
+def test_where_pictures_can_be_had_is_printed_for_the_data_set_that_lacks_some(root, run):
+    assert "can be had" not in run("--data-root", root)[1]
+    sorted((root / "fashionIQ_dataset" / "images").iterdir())[0].unlink()
+    out = run("--data-root", root)[1]
+    assert "BUAADreamer/cir_dataset (folder fashionIQ_dataset)" in out and "doubtful" in out and "cirr-cir" not in out
+
+
+def test_links_are_followed_with_a_flag(root, run, tmp_path):
+    path = sorted((root / "cirr_dataset" / "dev").iterdir())[0]
+    path.rename(tmp_path / "blob")
+    path.symlink_to(tmp_path / "blob")
+    status, out, err = run("--data-root", root)
+    assert status == 1 and "give --follow-links if you trust it" in out
+    status, out, err = run("--data-root", root, "--follow-links")
+    assert status == 0 and "1 of them outside this folder, where links lead" in out
+
+
 def test_bad_annotations_end_with_status_1_and_say_which_entry(root, run):
     file = root / "fashionIQ_dataset/captions/cap.dress.val.json"
     entries = json.loads(file.read_text())

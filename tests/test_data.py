@@ -23,8 +23,10 @@ from cala.annotations import data_folder
 from cala.data import CIRR
 from cala.data import CLIP_MEAN
 from cala.data import CLIP_STD
+from cala.data import TEXT_FORMS
 from cala.data import FashionIQ
 from cala.data import collate
+from cala.data import fashioniq_text
 from cala.data import image_transform
 from cala.data import open_dataset
 from cala.data import pad
@@ -82,7 +84,8 @@ def test_three_categories_share_one_gallery_and_keep_their_own_sizes():
 def test_audit_of_the_published_annotations_finds_the_missing_caption_file_and_every_picture_missing():
     found = audit(PUBLISHED)
     table = found.table().set_index(["dataset", "split", "category"])
-    assert len(found.problems) == 1 and "cap.rc2.train.json" in found.problems[0]
+    cirr, circo = found.problems
+    assert "cap.rc2.train.json" in cirr and "image_info_unlabeled2017.json" in circo
     assert len(found.notes) == 18 and all("has an empty caption" in note for note in found.notes)
     assert (table.missing == table.pictures).all() and (table.present == 0).all() and not found.broken
     assert table.loc[("CIRR", "train", ""), "pictures"] == 16939
@@ -133,6 +136,22 @@ def cirr_variant(root, kind):
         (folder / "images").mkdir()
         for top in ("train", "dev", "test1"):
             (folder / top).rename(folder / "images" / top)
+    if kind in ("all in images", "all at the top"):
+        place = folder / "images" if kind == "all in images" else folder
+        place.mkdir(exist_ok=True)
+        for path in sorted(folder.glob("*/**/*.png")):
+            path.rename(place / path.name)
+    if kind == "captions/captions":
+        (folder / "cirr").rename(folder / "captions")
+    if kind == "one level more":
+        (root / "cirr-cir").mkdir()
+        folder.rename(root / "cirr-cir" / "cirr_dataset")
+    if kind == "own name twice":
+        folder.rename(root / "deeper")
+        folder.mkdir()
+        (root / "deeper").rename(folder / "cirr_dataset")
+    if kind == "unknown name":
+        folder.rename(root / "archive-1")
     if kind == "linked disk":
         (root / "disk").mkdir()
         (folder / "train").rename(root / "disk" / "train")
@@ -140,17 +159,25 @@ def cirr_variant(root, kind):
     return root
 
 
-@pytest.mark.parametrize(
-    "kind", ["as drawn", "cirr_datasets", "own folder", "train flat", "train deeper", "under images", "linked disk"]
-)
+CIRR_LAYOUTS = ["as drawn", "cirr_datasets", "own folder", "train flat", "train deeper", "under images", "linked disk"]
+CIRR_LAYOUTS += ["all in images", "all at the top", "captions/captions"]
+CIRR_LAYOUTS += ["one level more", "own name twice", "unknown name"]
+
+
+@pytest.mark.parametrize("kind", CIRR_LAYOUTS)
 def test_cirr_is_read_from_every_layout(root, kind):
     where = cirr_variant(root, kind)
+    found = audit(where)
+    assert found.ok and all("(" not in place and "of them outside" not in place for place in found.places)
     data = CIRR(where, "train")
     assert data.gallery.missing == [] and len(data.gallery) == 24
     assert data[0]["reference"].size == (32, 32)
 
 
-@pytest.mark.parametrize("kind", ["as drawn", "image_data", "fashioniq_dataset", "own folder", "by category", "png"])
+@pytest.mark.parametrize(
+    "kind",
+    ["as drawn", "image_data", "fashioniq_dataset", "own folder", "by category", "png", "one level more", "flat"],
+)
 def test_fashioniq_is_read_from_every_layout(root, kind):
     folder = root / "fashionIQ_dataset"
     images = folder / "images"
@@ -166,6 +193,13 @@ def test_fashioniq_is_read_from_every_layout(root, kind):
         for path in list(images.iterdir()):
             Image.open(path).save(path.with_suffix(".PNG"))
             path.unlink()
+    if kind == "one level more":
+        (root / "FashionIQ-data").mkdir()
+        folder.rename(root / "FashionIQ-data" / "fashion-iq")
+    if kind == "flat":
+        for path in sorted(images.iterdir()):
+            path.rename(folder / path.name)
+    assert audit(root).ok
     data = FashionIQ(folder if kind == "own folder" else root, "val")
     assert data.gallery.missing == [] and data[0]["target"].size == (32, 32)
 
@@ -243,6 +277,38 @@ def test_pictures_of_fashioniq_are_found_in_folders_of_their_category(root, tmp_
         assert FashionIQ(root, split).gallery.missing == []
     assert audit(root).ok
     assert FashionIQ(root, "val")[0]["reference"].size == (32, 32)
+
+
+def test_two_copies_one_level_below_the_root_are_named_and_none_is_chosen(root):
+    for copy in ("one", "two"):
+        shutil.copytree(root / "cirr_dataset", root / copy / "CIRR")
+    assert data_folder(root, "CIRR") == root / "cirr_dataset"  # the usual place comes first
+    shutil.rmtree(root / "cirr_dataset")
+    for read in (lambda: CIRR(root, "val"), lambda: audit(root)):
+        with pytest.raises(CalaError, match=r"holds CIRR 2 times, as .*one/CIRR and as .*two/CIRR; choose one"):
+            read()
+    assert len(FashionIQ(root, "val")) > 0
+
+
+def test_links_out_of_the_folder_are_followed_with_a_flag_that_results_name(root, tmp_path):
+    folder, disk = root / "cirr_dataset", tmp_path / "disk"
+    disk.mkdir()
+    path = sorted((folder / "dev").iterdir())[0]
+    path.rename(disk / "blob")
+    path.symlink_to(disk / "blob")  # one picture
+    (folder / "train" / "0").rename(disk / "more")
+    (folder / "train" / "another").symlink_to(disk / "more")  # a folder further below, under another name
+    (disk / "more" / "loop").symlink_to(folder / "train")
+    resolve_folder.cache_clear()
+    assert len(CIRR(root, "val").gallery.missing) == 1 and len(CIRR(root, "train").gallery.missing) == 6
+    assert CIRR(root, "val").choices() == {}
+    for split in ("val", "train"):
+        data = CIRR(root, split, follow_links=True)
+        assert data.gallery.missing == [] and data.choices() == dict(follow_links=True)
+        assert data[0]["reference"].size == (32, 32)
+    assert not audit(root).ok
+    found = audit(root, deep=True, follow_links=True)
+    assert found.ok and "7 of them outside this folder" in found.places[0]
 
 
 @pytest.mark.parametrize("home", ["", "img_raw"])
@@ -383,6 +449,73 @@ def test_a_wrong_root_split_category_or_protocol_is_one_line(drawn, call, says):
     with pytest.raises(CalaError, match=says) as error:
         call(drawn)
     assert "\n" not in str(error.value)
+
+
+# Galleries and texts -------------------------------------------------------------------------------------------------
+
+
+@published
+def test_galleries_of_all_splits_have_the_sizes_that_others_report():
+    assert len(CIRR(PUBLISHED, "val", gallery_of="all").gallery) == 21551
+    data = FashionIQ(PUBLISHED, "val", "dress,shirt", gallery_of="all")
+    assert [len(gallery) for gallery in data.galleries.values()] == [74381, 74381]
+
+
+def test_a_gallery_of_all_splits_begins_with_the_own_one_and_finds_all_pictures(root):
+    for name in ("CIRR", "FashionIQ"):
+        own, larger = open_dataset(name, root, "val"), open_dataset(name, root, "val", gallery_of="all")
+        splits = [open_dataset(name, root, split).gallery.names for split in ("train", "val", "test")]
+        assert set(larger.gallery.names) == {picture for names in splits for picture in names}
+        assert larger.gallery.missing == [] and larger.triplets == own.triplets
+        assert larger.choices() == own.choices() | dict(gallery_of="all")
+    own, larger = CIRR(root, "val"), CIRR(root, "val", gallery_of="all")
+    assert larger.gallery.names[: len(own.gallery)] == own.gallery.names
+    assert torch.equal(larger.groups, own.groups) and torch.equal(larger.targets, own.targets)
+
+
+def test_a_gallery_of_all_splits_needs_the_other_split_files_and_not_their_captions(root):
+    (root / CAPTIONS.replace("val", "train")).unlink()
+    assert len(CIRR(root, "val", gallery_of="all").gallery) == 24 + 18 + 12
+    (root / SPLIT.replace("val", "test1")).unlink()
+    with pytest.raises(CalaError, match=r"no annotation file .*split.rc2.test1.json"):
+        CIRR(root, "val", gallery_of="all")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(gallery_of="every"), "no gallery 'every'; there are split and all"),
+        (dict(gallery_of="all", protocol="val"), "use original for a gallery of all splits"),
+        (dict(text_form="three"), "no text form 'three'; there are both, reversed"),
+    ],
+)
+def test_a_wrong_gallery_or_text_form_is_one_line(drawn, options, says):
+    with pytest.raises(CalaError, match=says):
+        FashionIQ(drawn, "val", **options)
+
+
+def test_the_text_form_is_the_same_for_every_split_and_epoch(root):
+    for split in ("train", "val"):
+        data = FashionIQ(root, split, text_form="comma")
+        first, second = (sentence.strip(".?, ") for sentence in data.triplets[0].captions)
+        for epoch in range(3):
+            data.set_epoch(epoch)
+            assert data.caption(0) == f"{first.capitalize()}, {second}"
+        assert data.choices() == dict(text_form="comma")
+    assert FashionIQ(root, "train").choices() == dict(text_form="drawn")
+
+
+def test_one_sentence_a_triplet_is_read_and_a_mixture_is_not(root):
+    file = root / FIQ_CAPTIONS
+    edit(lambda c: [each | dict(captions=each["captions"][:1]) for each in c])(file)
+    data = FashionIQ(root, "val", "shirt")
+    assert {fashioniq_text(triplet.captions, form) for triplet in data.triplets[:1] for form in TEXT_FORMS} == {
+        data.caption(0)
+    }
+    assert audit(root).ok
+    edit(lambda c: c[0].update(captions=["is red", "is blue"]))(file)
+    with pytest.raises(CalaError, match=r"entry 1: has one sentence, and other entries have two \(and"):
+        FashionIQ(root, "val", "shirt")
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------
@@ -716,14 +849,14 @@ FIQ_CAPTIONS, FIQ_SPLIT = (
         (
             FIQ_CAPTIONS,
             entry(1, captions=["is red"]),
-            "entry 1: captions must be a list of two sentences, but is a list of 1",
+            "entry 1: has one sentence, and other entries have two",
         ),
         (
             FIQ_CAPTIONS,
             entry(1, captions="is red"),
-            "entry 1: captions must be a list of two sentences, but is 'is red'",
+            "entry 1: captions must be a list of one or two sentences, but is 'is red'",
         ),
-        (FIQ_CAPTIONS, entry(1, captions=["is red", None]), "entry 1: captions must be a list of two sentences"),
+        (FIQ_CAPTIONS, entry(1, captions=["is red", None]), "entry 1: captions must be a list of one or two sentences"),
         (FIQ_CAPTIONS, entry(1, candidate=None), "entry 1: candidate must be text"),
         (FIQ_CAPTIONS, entry(1, target="B000000000"), "entry 1: target 'B000000000' is not in the split file"),
         (FIQ_SPLIT, edit(lambda c: [*c, c[0]]), "is there twice"),

@@ -17,15 +17,19 @@ from ..annotations import FOLDERS
 from ..annotations import SPLITS
 from ..annotations import data_folder
 from ..annotations import find_annotations
+from ..annotations import find_data_folders
 from ..annotations import find_pictures
 from ..annotations import locate_pictures
 from ..annotations import read_annotations
 from ..data import gallery_names
 from ..errors import CalaError
 from ..pictures import PICTURE_FOLDERS
+from ..pictures import escapes_root
 from ..pictures import find_picture_fault
 from ..pictures import read_picture
 from ..progress import show_progress
+from .circo import read_circo
+from .sources import describe_picture_sources
 
 SHOWN = 10  # lines of each kind
 
@@ -65,6 +69,7 @@ class Audit:
                 lines += [f"{title}: {len(items):,}", *(f"  {item}" for item in items[:SHOWN])]
             if len(items) > SHOWN:
                 lines.append(f"  ... and {len(items) - SHOWN:,} more; --save FILE writes all")
+        lines += describe_picture_sources(dict.fromkeys(row["dataset"] for row in self.rows if row["missing"]))
         if self.problems:
             lines.append("the annotations named above must be corrected before a run can start")
         elif not self.ok:
@@ -87,40 +92,47 @@ class Audit:
 def audit(
     root: str | Path,  # the folder that holds the data sets, or one data set's own folder
     deep: bool = False,  # decode every picture, too
+    follow_links: bool = False,  # pictures outside the folder of the data set are fine, too
 ) -> Audit:
     "Count what is there, missing and broken, and check that the annotations agree with each other."
-    folders = {}
-    for name in FOLDERS:
-        try:
-            folders[name] = data_folder(root, name)
-        except CalaError:
-            continue  # most people have one of the data sets
-    if not folders:
+    is_there = Path(root).is_dir()
+    folders = {name: data_folder(root, name) for name in FOLDERS if is_there and find_data_folders(root, name)}
+    if not folders:  # most people have one of the data sets
         raise CalaError(
             f"{root} holds neither {' nor '.join(FOLDERS.values())}; point --data-root at the folder that does"
         )
     result = Audit()
     for name, folder in folders.items():
-        audit_dataset(result, name, folder, deep)
-    result.missing, result.broken = list(dict.fromkeys(result.missing)), list(dict.fromkeys(result.broken))
+        audit_dataset(result, name, folder, deep, follow_links)
+    for findings in (result.problems, result.missing, result.broken):  # a file may belong to several splits
+        findings[:] = dict.fromkeys(findings)
     return result
 
 
 def audit_dataset(
     result: Audit,  # changed in place
-    name: str,  # CIRR or FashionIQ
+    name: str,  # CIRR, FashionIQ or CIRCO
     folder: Path,  # of the data set
     deep: bool,
+    follow_links: bool,
 ):
     "Add the rows and findings of one data set."
-    picture_folders = set()
-    walked = find_pictures(folder, ["images"]) if name == "FashionIQ" else None  # all splits share their folders
+    picture_folders, elsewhere = set(), set()
+    walked = None
+    if name == "FashionIQ":  # all splits share their folders
+        walked = find_pictures(folder, ["images"], follow_links)
     for split in SPLITS[name]:
         for category in CATEGORIES if name == "FashionIQ" else ("",):
-            annotations = read_annotations(folder, name, split, category)
-            paths = locate_pictures(folder, annotations.paths, walked)
-            missing, broken = audit_pictures(paths, folder, deep, f"{name} {category} {split}")
-            picture_folders |= {picture_folder(path, folder) for path in set(paths) - set(missing)}
+            if name == "CIRCO":
+                annotations = read_circo(folder, split)
+            else:
+                annotations = read_annotations(folder, name, split, category)
+            paths = locate_pictures(folder, annotations.paths, walked, follow_links)
+            root = None if follow_links else folder
+            missing, broken = audit_pictures(paths, root, deep, f"{name} {category} {split}")
+            there = set(paths) - set(missing)
+            picture_folders |= {picture_folder(path, folder) for path in there}
+            elsewhere |= {path for path in there if follow_links and escapes_root(path, folder)}
             present = len(paths) - len(missing) - len(broken)
             row = dict(
                 dataset=name, split=split, category=category, triplets=len(annotations.triplets), pictures=len(paths)
@@ -136,23 +148,25 @@ def audit_dataset(
     annotation_folders = sorted(
         {str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()}
     )
-    pictures = ", ".join(sorted(picture_folders)) or "nowhere"
-    result.places.append(f"{name} in {folder}: annotations in {', '.join(annotation_folders)}; pictures in {pictures}")
+    pictures = f"pictures in {', '.join(sorted(picture_folders))}" if picture_folders else "no pictures"
+    if elsewhere:
+        pictures += f", {len(elsewhere):,} of them outside this folder, where links lead"
+    result.places.append(f"{name} in {folder}: annotations in {', '.join(annotation_folders)}; {pictures}")
 
 
 def picture_folder(
     path: Path,  # of a picture
     folder: Path,  # of the data set
 ) -> str:
-    "The folder of a picture, relative to the data set: train, images or img_raw/train."
+    "The folder of a picture, relative to the data set: train, images, img_raw/train, or . for the data set's own."
     parts = path.relative_to(folder).parts[:-1]
-    depth = 2 if parts[0] in PICTURE_FOLDERS else 1
+    depth = 2 if parts and parts[0] in PICTURE_FOLDERS else 1
     return str(PurePath(*parts[:depth]))
 
 
 def audit_pictures(
     paths: list[Path],
-    root: Path,  # links must not lead out of this folder
+    root: Path | None,  # links must not lead out of this folder; None: links are not checked
     deep: bool,  # decode each picture
     title: str,  # of the work, for its progress
 ) -> tuple[list[Path], list[str]]:

@@ -14,6 +14,7 @@ def main(
     data_root: str = None,  # folder that holds cirr_dataset, fashionIQ_dataset or both; this folder if not given
     deep: bool = False,  # decode every picture
     save: str = "",  # write every finding to this file
+    follow_links: bool = False,  # accept pictures outside the data set's folder, too, if links lead there
     environment: bool = False,  # print versions and devices
 ):
     "Audit a data root: status 0 if all is well, 1 if there are holes, 2 if the command or the folder is wrong."
@@ -25,7 +26,7 @@ def main(
     if data_root is not None or not environment:
         from cala.library.audit import audit
 
-        result = audit(data_root or ".", deep)
+        result = audit(data_root or ".", deep, follow_links)
         print(result.report(deep))
         if save:
             result.save(save)
