@@ -67,9 +67,10 @@ def train_flags(world, output, *more, epochs=2):
 
 
 def lines_of(text):
-    "The lines of a terminal without those of progress bars."
+    "The lines of a terminal without those that tell progress, as bars or in words."
     lines = [part.split("\r")[-1] for part in text.splitlines()]
-    return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
+    told = r"\d+%\||: [\d,]+( of [\d,]+)?( \w+)?, (took \d\d:\d\d|\d\d:\d\d so far)"
+    return [line for line in lines if line.strip() and not re.search(told, line)]
 
 
 def read_results(folder):
