@@ -204,10 +204,10 @@ def test_every_mistake_is_one_line_with_status_2(world, tmp_path, capsys, undist
     (tmp_path / "out").mkdir()
     assert "holds no complete epoch" in says("--resume", tmp_path / "out")
     assert "--batch-size is 16 there and 8 here" in says(
-        "--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3
+        "--batch-size", 8, "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3, output=undisturbed
     )
     assert "--cir-frame is sum there and combiner here" in says(
-        "--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3
+        "--cir-frame", "combiner", "--resume", undisturbed, "--num-epochs", 3, "--max-epoch", 3, output=undisturbed
     )
     assert "unrecognized arguments: --bath-size 3; did you mean --batch-size?" in says("--bath-size", 3)
     assert "--batch-size many: give a whole number" in says("--batch-size", "many")

@@ -70,6 +70,9 @@ def _read_sealed(path):
 
 def _read_intact(folder, names):
     "The content of a checkpoint's recipe.json; `CalaError` unless it and the files `names` are intact."
+    if not folder.is_dir():
+        kind = "is a file, and a checkpoint is a folder" if folder.exists() else "is no checkpoint: no such folder"
+        raise CalaError(f"{folder} {kind}")
     for name in ("recipe.json", *names):
         if not (folder / name).is_file():
             raise CalaError(f"{folder} is no checkpoint: {name} is missing")
@@ -83,9 +86,9 @@ def _read_intact(folder, names):
 
 
 def _describe_intact_neighbours(folder):
-    "What to do about a damaged checkpoint: names the intact ones in the same run's folder."
+    "What to do about a damaged checkpoint: names the intact ones in the same run's folder, in or around it."
     intact = []
-    for path in sorted(folder.parent.glob("*")):
+    for path in sorted({folder.parent, *folder.parent.glob("*"), *folder.glob("*")}):
         if path == folder or not (path / "recipe.json").is_file():
             continue
         try:

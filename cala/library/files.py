@@ -235,7 +235,7 @@ def lock_folder(
     from filelock import FileLock  # here: its import takes longer than that of the rest of this module
     from filelock import Timeout
 
-    is_new = not Path(folder).exists()
+    new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_output_folder(folder, "name another folder")
     path = folder / LOCK_NAME
     # The mode lets every user of the folder lock it. A soft lock is refused: a killed process would keep it.
@@ -254,6 +254,6 @@ def lock_folder(
         if lock.is_locked:
             _remove(path)  # before the release, while no other process can hold it
             lock.release()
-        if is_new:
-            with suppress(OSError):  # the system refuses to remove a folder that holds something
-                folder.rmdir()
+        with suppress(OSError):  # the system refuses to remove a folder that holds something
+            for path in new_folders:
+                path.rmdir()
