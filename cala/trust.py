@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 from .errors import CalaError
 
 if TYPE_CHECKING:
-    from numpy import ndarray
     from torch import Tensor
 
 
 def read_bytes(
     tensor: "Tensor",  # of any type, on any device
-) -> "ndarray":  # uint8
-    "The values of a tensor as an array of bytes."
+) -> memoryview:
+    "The values of a tensor as bytes."
     import torch  # here, because commands import this module before they need torch
 
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_tensors(

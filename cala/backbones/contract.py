@@ -146,8 +146,8 @@ def check_gradients(backbone: Backbone):
     backbone.zero_grad()
     embeddings = [backbone.text(CAPTIONS), backbone.image(tokens), backbone.query(tokens, CAPTIONS)]
     direction = torch.linspace(-1, 1, embeddings[0].tokens.shape[-1])
-    total = sum((each.tokens * direction).sum() + each.feature.square().sum() for each in embeddings)
-    total.backward()
+    sums = [(each.tokens * direction).sum() + each.feature.square().sum() for each in embeddings]
+    torch.stack(sums).sum().backward()
     without = [name for name, p in backbone.named_parameters() if name in trained and p.grad is None]
     backbone.zero_grad()
     _require(not without, f"these train and never get a gradient: {', '.join(without[:3])}")
@@ -211,7 +211,8 @@ def check_backbone(
 ) -> Backbone:  # the same object
     "Return the backbone, or raise `CalaError` with every promise that it breaks."
     table = contract(backbone)
-    broken = [f"{row.check}: {row.result}" for row in table.itertuples() if row.result != "kept"]
+    results = zip(table["check"], table["result"])
+    broken = [f"{check}: {result}" for check, result in results if result != "kept"]
     if broken:
         name = backbone.name or type(backbone).__name__
         raise CalaError(f"the {name} backbone breaks its contract; {'; '.join(broken)}")

@@ -24,6 +24,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from io import StringIO
+from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from textwrap import dedent
@@ -63,8 +64,8 @@ class FlagParser(ArgumentParser):
 
 def parse_flags(
     config: Callable,  # a dataclass, or a function whose parameters are the flags
-    argv: list[str] = None,  # words of the command line; those of this process if None
-    prog: str = None,  # the command's name in the help
+    argv: list[str] | None = None,  # words of the command line; those of this process if None
+    prog: str | None = None,  # the command's name in the help
 ) -> Any:  # an instance of the dataclass, or a dict of the function's arguments
     "Read the command line into `config`; a wrong flag or value is a `CalaError`."
     words = read_words(sys.argv[1:] if argv is None else argv)
@@ -88,7 +89,7 @@ def parse_flags(
         name: read_value(value, hints.get(name, str), parameters[name].default, spell_flag(name))
         for name, value in vars(typed).items()
     }
-    if is_dataclass(config):
+    if isinstance(config, type):
         return config(**values)
     return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}
 
@@ -220,7 +221,7 @@ def read_value(
         return value
     if default is None and value in ("None", ["None"]):
         return None
-    if not is_list_type(hint):
+    if isinstance(value, str):
         return read_word(value, hint, flag)
     items = [read_word(word, get_args(hint)[0], flag) for word in " ".join(value).replace(",", " ").split()]
     if not items:
@@ -257,7 +258,7 @@ def read_comments(
 ) -> dict[str, str]:  # name -> comment
     "The trailing comment of every field or parameter; a field begins on a line of its own."
     comments = {}
-    for part in reversed(config.__mro__) if is_dataclass(config) else [config]:
+    for part in reversed(config.__mro__) if isinstance(config, type) else [config]:
         try:
             source = dedent(inspect.getsource(part))
         except (OSError, TypeError):  # typed into a shell, or built in
@@ -274,7 +275,7 @@ def read_comments(
 
 # From errors to one line
 
-ADVICE = {
+ADVICE: dict[int | None, str] = {
     errno.EACCES: "let this user read and write there, or name another place",
     errno.EPERM: "let this user read and write there, or name another place",
     errno.EROFS: "let this user read and write there, or name another place",
@@ -342,7 +343,7 @@ def prepare_output() -> Iterator[None]:
             return f"note: {one_line(message)}\n"
         return default_format(message, category, filename, *place)
 
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, TextIOWrapper):  # in a notebook it is another class
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), print_log():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -371,8 +372,8 @@ def flush_output():
 
 def run_command(
     main: Callable,  # the function behind the command
-    argv: list[str] = None,  # words of the command line; those of this process if None
-    prog: str = None,  # the command's name in messages
+    argv: list[str] | None = None,  # words of the command line; those of this process if None
+    prog: str | None = None,  # the command's name in messages
 ) -> Any:  # what the function returns
     """Parse the command line and call `main`.
 
@@ -380,7 +381,7 @@ def run_command(
     the command silently with 141, as a shell reports it. A bug keeps its traceback."""
     prog = prog or find_name(sys.argv[0])
     hints = [hint for name, hint in get_type_hints(main).items() if name != "return"]
-    config = next(filter(is_dataclass, hints), main)
+    config: Any = next(filter(is_dataclass, hints), main)
     try:
         with prepare_output():
             flags = parse_flags(config, argv, prog)
@@ -416,17 +417,18 @@ def command(
     def run(*args, **kwargs):
         if args or kwargs:
             return main(*args, **kwargs)
-        if not is_shell(inspect.currentframe().f_back):
+        if not is_called_by_shell(inspect.currentframe()):
             return main()
         run_command(main)  # the result is for Python: a console script would take it for an exit status
 
-    if is_shell(inspect.currentframe().f_back):
+    if is_called_by_shell(inspect.currentframe()):
         run_command(main)
     return run
 
 
-def is_shell(
-    frame: FrameType,  # that calls a command
+def is_called_by_shell(
+    frame: FrameType | None,  # of a function
 ) -> bool:
-    "True if the frame belongs to a script or a console script, and not to a notebook or a module."
-    return frame.f_globals.get("__name__") == "__main__" and "__file__" in frame.f_globals
+    "True if a script or a console script calls the function, and not a notebook or a module."
+    caller = frame.f_back if frame else None
+    return caller is not None and caller.f_globals.get("__name__") == "__main__" and "__file__" in caller.f_globals

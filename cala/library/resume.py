@@ -17,6 +17,7 @@ from dataclasses import asdict
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ from ..training import SkipStep
 def rng_state() -> dict:
     "The state of all random generators of this process."
     version, numbers, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # a tuple; NumPy's annotation allows a dict too
+    name, keys, *rest = numpy_state
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return dict(
         python=[version, list(numbers), gauss],
@@ -362,8 +364,9 @@ class StopOnNonFinite(Callback):
     def describe(self, learner: Learner, name: str, value: torch.Tensor) -> dict:
         "Where it happened: epoch, step, and the names of the batch."
         accelerator = learner.accelerator
-        numbers = accelerator.gather(learner.batch.index.to(accelerator.device)).tolist()
-        triplets = [learner.data.triplets[number] for number in numbers]
+        indices: Any = accelerator.gather(learner.batch.index.to(accelerator.device))  # a tensor, because it gets one
+        data: Any = learner.data  # `Triplets`, which has them in a list
+        triplets = [data.triplets[number] for number in indices.tolist()]
         return dict(
             what=name,
             value=str(value.item()),
