@@ -9,7 +9,7 @@ export OMP_NUM_THREADS = $(THREADS)
 JOBS    ?= 2
 
 .PHONY: help install hooks demo test test-without-lavis style format types words sync notebooks pytest coverage mutants lock \
-        prepare outputs lab browser gpu docs clean
+        prepare outputs lab browser gpu wheel docs clean
 
 help:            ## print this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -87,7 +87,11 @@ browser: install ## open the tutorials in a real JupyterLab: run every cell, mov
 gpu: install     ## on a machine with a GPU: tests, times and memory beside the limits of the GPU, in 8 minutes (DRY=1: on the CPU, small)
 	$(BIN)/python -m cala.scripts.benchmark --gpu $(if $(DRY),--dry) --output $(or $(OUTPUT),gpu)
 
-docs: install    ## write every notebook as an HTML page with its outputs, into _docs
+wheel: install   ## build sdist and wheel, install the wheel in a new environment, and run the commands there
+	$(BIN)/python .ci/wheel.py
+
+docs: install    ## make the site into _docs: notebooks with their outputs, names, search; nothing is run
+	@$(BIN)/python -c "import furo, myst_nb, ziamath" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python .ci/docs.py
 
 clean:           ## remove what the commands made

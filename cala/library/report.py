@@ -7,6 +7,38 @@ from ..errors import CalaError
 from .files import write_atomically
 
 REPORT = Path(__file__).parents[1] / "demo_report.ipynb"  # a copy of nbs/tutorials/demo_report.ipynb
+# nbconvert's page without the scripts that it would fetch from the network.
+TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_js_mathjax %}
+<style>math { font-family: "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math; font-size: 1.1em }</style>
+{% endblock %}"""
+
+
+def render_page(
+    notebook: dict,  # of nbformat, executed
+) -> str:
+    "The notebook as one page of HTML, which needs no network: equations are MathML, which browsers show by themselves."
+    from latex2mathml.converter import convert
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer
+    from nbconvert.filters.markdown_mistune import MarkdownWithMath
+
+    class EquationRenderer(IPythonRenderer):
+        "Writes equations as MathML instead of TeX."
+
+        def inline_math(self, body):
+            return convert(body)
+
+        def block_math(self, body):
+            return convert(body, display="block")
+
+    def render_markdown(source):
+        return MarkdownWithMath(renderer=EquationRenderer(escape=False)).render(source)
+
+    exporter = HTMLExporter(raw_template=TEMPLATE, filters={"markdown2html": render_markdown})
+    return exporter.from_notebook_node(notebook)[0]
 
 
 def write_report(
@@ -21,7 +53,6 @@ def write_report(
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
-    from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CellExecutionError
     from nbconvert.preprocessors import ExecutePreprocessor
 
@@ -39,7 +70,6 @@ def write_report(
         executor.preprocess(page, {"metadata": {"path": str(notebook.parent)}}, km=kernel)
     except CellExecutionError as error:
         raise CalaError(f"{notebook} failed over {folder}: {str(error).splitlines()[-1]}") from error
-    html, _ = HTMLExporter().from_notebook_node(page)
     path = Path(folder) / "report.html"
-    write_atomically(path, html.encode())
+    write_atomically(path, render_page(page).encode())
     return path
