@@ -1,8 +1,8 @@
 """Build sdist and wheel, install the wheel, and run the commands as a stranger would.
 
-python .ci/wheel.py            the wheel is installed anew and borrows the dependencies of this environment (a minute)
-python .ci/wheel.py --clean    everything is installed anew from the package index (6 GB)
-python .ci/wheel.py --keep     keep the folder of the check
+python .ci/wheel.py                 the wheel is installed anew, with the dependencies of this environment (a minute)
+python .ci/wheel.py --clean         everything is installed anew from the package index (6 GB)
+python .ci/wheel.py --output DIST   keep sdist and wheel there
 
 The wheel is built from the sdist, so that a file which the sdist lacks is noticed. The commands run in a folder whose
 name has a blank and letters outside ASCII, without HOME, with LC_ALL=C, and must leave the installed package as it was.
@@ -21,8 +21,7 @@ import venv
 from configparser import ConfigParser
 from pathlib import Path
 
-from notebooks import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "Größe 尺寸"  # of the commands
 MINUTES = 10  # that a command may take
 WORLD = "demo/cirr/data"  # drawn by cala-demo
@@ -145,9 +144,8 @@ def check_commands(
     folder: Path,  # to work in
 ) -> None:
     "Run every command with --help, and those of `RUNS` with their flags."
-    environment = {"PATH": os.pathsep.join([str(commands), os.defpath]), "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    if os.name == "nt":  # Python does not start without it
-        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    environment = dict(os.environ) if os.name == "nt" else {"PATH": os.defpath, "LC_ALL": "C"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     (package,) = commands.parent.rglob("site-packages/cala")
     before = list_package(package)
     for name in read_commands():
@@ -170,7 +168,7 @@ def main() -> None:
     "Build, install, run; status 1 at the first fault."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clean", action="store_true", help="install the dependencies too")
-    parser.add_argument("--keep", action="store_true", help="keep the folder of the check")
+    parser.add_argument("--output", type=Path, help="keep sdist and wheel in this folder")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="cala-wheel-"))
     try:
@@ -179,11 +177,12 @@ def main() -> None:
         commands = make_environment(folder / "environment", wheel, args.clean)
         (folder / FOLDER).mkdir()
         check_commands(commands, folder / FOLDER)
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+            for file in (sdist, wheel):
+                shutil.copy2(file, args.output)
     finally:
-        if args.keep:
-            print(f"kept {folder}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"{wheel.name} works alone")
 
 
