@@ -21,8 +21,12 @@ from .recipe import Recipe as Recipe
 from .training import make_model as make_model
 from .errors import CalaError as CalaError
 from .library.audit import audit as audit
+from .library.circo import CIRCO as CIRCO
+from .library.circo import circo_metrics as circo_metrics
+from .library.circo import write_circo_submission as write_circo_submission
 from .library.worlds.scenes import draw_cirr as draw_cirr
 from .library.worlds.garments import draw_fashioniq as draw_fashioniq
+from .library.worlds.circo import draw_circo as draw_circo
 from .library.checkpoint import load_checkpoint as load_checkpoint
 from .library.checkpoint import save_checkpoint as save_checkpoint
 from .library.released import load_released as load_released

@@ -258,7 +258,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     def says(*words):
         return refused(capsys, *good, *words)
 
-    assert "--dataset CIRR or --dataset FashionIQ" in says()
+    assert "--dataset CIRR, FashionIQ or CIRCO" in says()
     good += ["--dataset", "CIRR"]
     assert "there are CIRR and FashionIQ" in says("--dataset", "COCO")
     assert "no folder" in says("--data-root", tmp_path / "nowhere")

@@ -230,7 +230,7 @@ class CIRCO(Triplets):
 
     def choices(self) -> dict[str, Any]:
         "How the data set was opened; results name it."
-        text = "relative caption with shared concept" if self.shared_concept else "relative caption"
+        text = "modification text with shared concept" if self.shared_concept else "modification text"
         return dict(text=text) | super().choices()
 
     @property
@@ -246,7 +246,7 @@ class CIRCO(Triplets):
     def aspects(self) -> dict[str, Tensor]:
         "For each semantic aspect the numbers of its queries (q,); aspects without queries are left out."
         numbers = {aspect: [i for i, q in enumerate(self.triplets) if aspect in q.aspects] for aspect in ASPECTS}
-        return {aspect: torch.tensor(found) for aspect, found in numbers.items() if found}
+        return {aspect: torch.tensor(queries) for aspect, queries in numbers.items() if queries}
 
 # %% ../../nbs/library/circo.ipynb #4dc5e0c6
 CIRCO_AT = (5, 10, 25, 50)
@@ -265,8 +265,8 @@ def expected_gains(
     ranks = torch.arange(1, DEPTH + 1, device=higher.device)
     offset = ranks - higher[:, :, None] - 1  # (Q, T, DEPTH) tied pictures before the truth, if it stands at this rank
     is_possible = (offset >= 0) & (offset < equal[:, :, None])
-    found = before[:, :, None] + 1 + offset * share[:, :, None]
-    gains = found / ranks / equal[:, :, None].clamp(min=1)
+    matches = before[:, :, None] + 1 + offset * share[:, :, None]
+    gains = matches / ranks / equal[:, :, None].clamp(min=1)
     return torch.where(is_possible, gains, 0.0).sum(1)
 
 
@@ -493,7 +493,8 @@ def find_circo_faults(
     unknown = sorted(content.keys() - set(queries))
     if unknown:
         faults.append(f"keys are no query of {dataset.split}: {len(unknown)}, the first is {shorten(unknown[0])}")
-    return faults + count_faults((query, find_answer_fault(content[query], ids)) for query in queries if query in content)
+    answers = [(query, content[query]) for query in queries if query in content]
+    return faults + count_faults((query, find_answer_fault(answer, ids)) for query, answer in answers)
 
 
 def find_answer_fault(

@@ -32,7 +32,7 @@ from .checkpoint import seal
 from .files import check_output_folder
 from .files import find_whole_folder
 from .files import write_atomically
-from .results import is_recall
+from .results import is_shown
 from .results import label_metric
 
 FILES = "model.safetensors", "recipe.json", "config.json", "README.md"
@@ -152,7 +152,7 @@ def write_card(
     "The text of a model card."
     recipe, metrics = content["recipe"], content["metrics"]
     dataset = str(recipe.get("dataset") or metrics.get("dataset") or "unknown")
-    recalls = {label_metric(key): value for key, value in metrics.items() if is_recall(key)}
+    recalls = {label_metric(key): value for key, value in metrics.items() if is_shown(key)}
     scores = [
         EvalResult(
             task_type="composed-image-retrieval",

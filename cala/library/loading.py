@@ -5,6 +5,7 @@ composition frame is the checkpoint's own, or comes from a file of its own. Ever
 program or a checkpoint folder of cala.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
@@ -19,18 +20,24 @@ from ..backbones.weights import list_hub_files
 from ..composition import frames
 from ..composition import make_frame
 from ..data import Triplets
+from ..data import open_dataset
 from ..encoders import Backbone
 from ..encoders import make_backbone
 from ..errors import CalaError
 from ..model import CaLa
+from ..pictures import shorten_path
 from ..qformer import QFormer
 from ..retrieval import Embedded
 from ..retrieval import embed
 from ..trust import hash_tensors
+from .cache import CachedReferences
+from .cache import TargetSide
 from .cache import cache_folder
+from .cache import cache_targets
 from .cache import use_caches
 from .checkpoint import load_checkpoint
 from .checkpoint import read_recipe
+from .circo import CIRCO
 from .cli import spell_flag
 from .files import find_whole_folder
 from .files import hash_file
@@ -128,7 +135,7 @@ def load_role(
     try:
         getattr(backbone, role).load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = shorten_path(str(error).splitlines()[1].strip(), 160)
         raise CalaError(f"{path} is no Q-Former of this backbone's size ({reason}); check {flag}") from error
 
 
@@ -148,6 +155,11 @@ def find_frame(
 ) -> FrameSource:
     "The frame that --combining-function and --combiner-path name."
     name = (flags.combining_function or own).lower()
+    if name == "sum" and flags.combiner_path and not flags.combining_function:
+        raise CalaError(
+            f"--combiner-path {flags.combiner_path}: this model adds reference and text; "
+            "give --combining-function combiner (or artemis) too"
+        )
     if name not in frames:
         raise CalaError(f"--combining-function {name}: choose one of {', '.join(frames)}")
     if name == "sum":
@@ -303,6 +315,8 @@ def fill_flags(
     recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
     types = dict(transform=str, target_ratio=(int, float), dataset=str)
+    if getattr(flags, "transform", None) is not None:
+        flags.transform = flags.transform.lower()
     for name, default in defaults.items():
         if not hasattr(flags, name) or getattr(flags, name) is not None:
             continue
@@ -314,11 +328,29 @@ def fill_flags(
     if hasattr(given, "protocol"):
         given.protocol = given.protocol.lower()
     check_data_flags(given)
+    if getattr(given, "device", None) is not None:
+        find_device(given.device)  # before data and weights are read
     return flags
 
 
+def open_split(
+    flags: Any,  # of cala-validate, from `fill_flags`
+    split: str,  # val or test
+) -> Triplets:
+    "A split of the data set that the flags name; a flag that belongs to another data set raises `CalaError`."
+    name = (flags.dataset or "").lower()
+    if name not in ("cirr", "fashioniq", "circo"):
+        given = f"no data set {flags.dataset!r}" if name else "no data set is named"
+        raise CalaError(f"{given}; give --dataset CIRR, FashionIQ or CIRCO, or a --checkpoint that knows it")
+    if name == "circo":
+        return CIRCO(flags.data_root, split, shared_concept=flags.shared_concept)
+    if flags.shared_concept:
+        raise CalaError("--shared-concept: only CIRCO has shared concepts; leave it out")
+    return open_dataset(name, flags.data_root, split, categories=flags.categories, protocol=flags.protocol)
+
+
 def set_transform(
-    dataset: Triplets,  # CIRR or FashionIQ; changed in place
+    dataset: Triplets,  # CIRR, FashionIQ or CIRCO; changed in place
     model: CaLa,
     flags: DataFlags,  # from `fill_flags`
 ):
@@ -337,26 +369,46 @@ def find_device(
             name = "mps"
         if torch.cuda.is_available():
             name = "cuda"
+    name = str(name).lower()
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise CalaError(f"--device {name}: give cpu, cuda, cuda:1, mps or xpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise CalaError(f"--device {name}: {str(error).splitlines()[0]}; try --device cpu") from error
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise CalaError(f"--device {name}: {reason}; try --device cpu") from error
+
+
+def keep_features(
+    model: CaLa,  # on its device
+    dataset: CIRCO,  # changed in place
+    folder: Path,  # holds all caches
+    flags: DataFlags,  # batch_size and num_workers
+):
+    """Read the features of CIRCO's gallery from disk; compute those that are not there yet.
+
+    The trunk's tokens of 123,403 pictures would fill tens of gigabytes. The features fill a thousandth of that, serve
+    both splits, and can be used again by every command that measures the same weights."""
+    model.requires_grad_(False)
+    side = TargetSide(model.backbone, keep_tokens=False)
+    features = cache_targets(side, dataset.gallery, folder, batch_size=flags.batch_size, num_workers=flags.num_workers)
+    pictures: Any = dataset.gallery  # of the references, whose tokens are computed again
+    dataset.pictures, dataset.target_pictures = CachedReferences(pictures, features), features
 
 
 def embed_dataset(
     model: CaLa,
-    dataset: Triplets,  # CIRR or FashionIQ
+    dataset: Triplets,  # CIRR, FashionIQ or CIRCO
     flags: DataFlags,  # batch_size, num_workers, device, precision and the cache
 ) -> Embedded:  # float32
     "`embed`, on the device, in the precision and with the cache of the flags."
     device = find_device(flags.device)
-    use_caches(
-        model.to(device),
-        [dataset],
-        flags.cache,
-        cache_folder(flags.cache_dir, flags.data_root),
-        dtype=flags.cache_dtype,
-        num_workers=flags.num_workers,
-    )
+    folder = cache_folder(flags.cache_dir, flags.data_root)
+    model.to(device)
+    if isinstance(dataset, CIRCO) and flags.cache != "off":
+        keep_features(model, dataset, folder, flags)
+    else:
+        options = dict(dtype=flags.cache_dtype, num_workers=flags.num_workers)
+        use_caches(model, [dataset], flags.cache, folder, **options)
     with torch.autocast(device.type, AUTOCAST.get(flags.precision), enabled=flags.precision in AUTOCAST):
         return embed(model, dataset, flags.batch_size, device, flags.num_workers)

@@ -18,6 +18,9 @@ from ..retrieval import chance
 from ..retrieval import image_only
 from ..retrieval import measure
 from ..retrieval import text_only
+from .circo import CIRCO
+from .circo import circo_baselines
+from .circo import measure_circo
 from .files import find_whole_folder
 from .files import write_atomically
 from .flags import DataFlags
@@ -31,10 +34,12 @@ RESULT_FILES = ("result.json", "result.csv", "ranks.csv")
 def measure_rows(
     frame: Any,  # the model's
     embedded: Embedded,  # by the model
-    dataset: Triplets,  # CIRR or FashionIQ
+    dataset: Triplets,  # CIRR, FashionIQ or CIRCO
     name: str,  # of the model's row
 ) -> dict[str, Result]:  # by the name of the row
     "Three baselines, which a composition has to beat, and the model."
+    if isinstance(dataset, CIRCO):
+        return circo_baselines(embedded, dataset) | {name: measure_circo(frame, embedded, dataset)}
     return {
         "chance": chance(dataset),
         "image only": image_only(embedded, dataset),
@@ -46,28 +51,32 @@ def measure_rows(
 def label_metric(
     key: str,  # of a result
 ) -> str:
-    "The name of a recall in tables: R@5 for recall_at5, Rs@1 for group_recall_at1, dress R@10 for dress_recall_at10."
+    "Its name in tables: R@5 for recall_at5, Rs@1 for group_recall_at1, dress R@10 for dress_recall_at10, mAP@5."
+    if key.startswith("map_at"):
+        return f"mAP@{key.removeprefix('map_at')}"
     head, _, k = key.partition("recall_at")
     if head == "group_":
         return f"Rs@{k}"
     return f"{head[:-1]} R@{k}".strip()
 
 
-def is_recall(
+def is_shown(
     key: str,  # of a result
 ) -> bool:
-    "True for a recall, which a table shows; False for facts, means and bounds."
-    return "recall_at" in key and not key.startswith(("lowest_", "highest_"))
+    "True for a metric that tables show: recalls, and mAP over all queries; False for facts, means, bounds and aspects."
+    is_metric = "recall_at" in key or key.startswith("map_at")
+    return is_metric and not key.startswith(("lowest_", "highest_"))
 
 
 def baseline_table(
     results: dict[str, Result],  # by the name of the row
-) -> pd.DataFrame:  # one row per method, one column per recall, and the mean by which models are selected
-    "Recalls in percent."
+) -> pd.DataFrame:  # one row per method, one column per metric, and the mean by which models are selected
+    "Metrics in percent."
     rows = {}
     for name, result in results.items():
-        rows[name] = {label_metric(key): value for key, value in result.items() if is_recall(key)}
-        rows[name]["mean"] = result["mean"]
+        rows[name] = {label_metric(key): value for key, value in result.items() if is_shown(key)}
+        if "mean" in result:
+            rows[name]["mean"] = result["mean"]
     return pd.DataFrame(rows).T
 
 
@@ -86,24 +95,38 @@ def describe_result(
     "What was measured on: data set, split, protocol, sizes; and ties, if there are any."
     sizes = [f"{key.removesuffix('_gallery')} {result[key]:,}" for key in result if key.endswith("_gallery")]
     gallery = ", ".join(sizes) or f"{result['gallery']:,}"
-    protocol = result["protocol"] if result["dataset"] == "CIRR" else f"protocol {result['protocol']}"
+    protocol = f"protocol {result['protocol']}" if result["dataset"] == "FashionIQ" else result["protocol"]
     parts = [
         f"{result['dataset']} {result['split']}, {protocol}",
         f"gallery {gallery}",
         count_things(result["queries"], "query", "queries"),
     ]
+    if "text" in result:
+        parts.append(f"text: {result['text']}")
     if result["missing"]:
         parts.append(count_things(result["missing"], "picture missing", "pictures missing"))
     if result.get("ties"):
-        parts.append(count_things(result["ties"], "query has a tie", "queries have ties") + " at the target")
+        place = "at a truth" if result["dataset"] == "CIRCO" else "at the target"
+        parts.append(f"{count_things(result['ties'], 'query has a tie', 'queries have ties')} {place}")
     return "; ".join(parts)
+
+
+def describe_aspects(
+    result: Result,
+) -> str:  # "" if the result has no semantic aspects
+    "The mAP@10 of the queries of each semantic aspect of CIRCO."
+    values = {key.removesuffix("_map_at10"): value for key, value in result.items() if key.endswith("_map_at10")}
+    if not values:
+        return ""
+    parts = [f"{aspect.replace('_', ' ')} {value:.2f}" for aspect, value in values.items()]
+    return f"mAP@10 by semantic aspect: {', '.join(parts)}"
 
 
 def describe_bounds(
     result: Result,
 ) -> str:  # "" if no recall depends on the order of tied pictures
     "Between which values each recall lies that depends on the order of tied pictures."
-    recalls = [key for key in result if is_recall(key) and f"lowest_{key}" in result]
+    recalls = [key for key in result if is_shown(key) and f"lowest_{key}" in result]
     if not recalls:
         return ""
     bounds = [f"{label_metric(key)} {result[f'lowest_{key}']:.2f} to {result[f'highest_{key}']:.2f}" for key in recalls]
