@@ -68,6 +68,7 @@ def parse_split(
     split: str,  # test stands for CIRR's test1, too
 ) -> str:
     "The published name of a split."
+    split = split.lower()
     split = SPLITS[name][-1] if split in ("test", "test1") else split
     if split not in SPLITS[name]:
         raise CalaError(f"no split {split!r}; {name} has {', '.join(SPLITS[name])}")
@@ -78,11 +79,10 @@ def parse_categories(
     categories: str | list | tuple,  # a list, or text with commas, blanks or both
 ) -> tuple[str, ...]:  # in the published order
     "The categories of FashionIQ that a user names."
-    words = categories.replace(",", " ").split() if isinstance(categories, str) else list(categories)
+    words = categories.replace(",", " ").split() if isinstance(categories, str) else map(str, categories)
+    words = [word.lower() for word in words]
     if not words or set(words) - set(CATEGORIES):
-        raise CalaError(
-            f"no categories {', '.join(map(str, words)) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}"
-        )
+        raise CalaError(f"no categories {', '.join(words) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}")
     return tuple(category for category in CATEGORIES if category in words)
 
 

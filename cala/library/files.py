@@ -210,6 +210,24 @@ def check_output_folder(
     return folder
 
 
+def check_output_file(
+    path: str | Path,  # where a command will write at its end; it need not exist
+    ending: str,  # of files that may be replaced, such as .txt
+    advice: str = "name another file",  # end of the error message
+) -> Path:  # the file
+    "`CalaError` if the file cannot be written, or if another kind of file is there. Nothing is made."
+    path = Path(path)
+    if path.is_dir():
+        raise CalaError(f"{path} is a folder; {advice}")
+    if not path.parent.is_dir():
+        raise CalaError(f"no folder {path.parent}; {advice}")
+    if path.exists() and path.suffix.lower() != ending:
+        raise CalaError(f"{path} is there already, and only a {ending} file is replaced; {advice}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CalaError(f"{path} cannot be written by this user; {advice}")
+    return path
+
+
 def make_output_folder(
     folder: str | Path,  # made if need be; its parents too
     advice: str = "choose another --output",  # end of the error message

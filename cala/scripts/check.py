@@ -25,7 +25,10 @@ def main(
         fine = print_environment()
     if data_root is not None or not environment:
         from cala.library.audit import audit
+        from cala.library.files import check_output_file
 
+        if save:
+            check_output_file(save, ".txt", "give --save another file")
         result = audit(data_root or ".", deep, follow_links)
         print(result.report(deep))
         if save:
