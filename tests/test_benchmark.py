@@ -241,11 +241,11 @@ def test_a_dry_run_of_the_gpu_mode_goes_on_after_a_failed_part(tmp_path, monkeyp
     states = dict(tests="failed", step="done", trunk="done", ranking="done", epoch="done")
     assert {name: part["state"] for name, part in results["parts"].items()} == states
     assert "RuntimeError: no luck" in results["parts"]["tests"]["note"]
-    rows = {row["what"]: row for part in results["parts"].values() for row in part["rows"]}
-    assert len([what for what in rows if what.startswith("kernel")]) == 10
-    for what in ("step, multi, cached targets", "trunk of clip RN50x4", "epoch of CIRR, extrapolated, multi, ours"):
-        assert rows[what]["of limit"].endswith("%")
-        assert what in printed
+    rows = {row["name"]: row for part in results["parts"].values() for row in part["rows"]}
+    assert len([name for name in rows if name.startswith("kernel")]) == 10
+    for name in ("step, multi, cached targets", "trunk of clip RN50x4", "epoch of CIRR, extrapolated, multi, ours"):
+        assert rows[name]["of limit"].endswith("%")
+        assert name in printed
     assert "of limit" not in printed  # at reduced shapes it means nothing
 
 
@@ -265,7 +265,7 @@ def test_the_tests_of_the_gpu_mode_are_counted_and_failures_are_named(tmp_path, 
     monkeypatch.setattr(gpu, "TESTS", file)
     rows = gpu.run_tests(gpu.Bench(Benchmark(), CPU, None, tmp_path), 60)
     assert rows[0]["value"] == "2 tests, 1 failures, 0 errors, 0 skipped"
-    assert rows[1] == dict(what="failed", value="test_wrong")
+    assert rows[1] == dict(name="failed", value="test_wrong")
 
 
 def test_a_part_can_be_measured_alone(tmp_path):

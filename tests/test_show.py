@@ -23,7 +23,6 @@ from cala.library.show.cards import draw_rankings
 from cala.library.show.cards import failures
 from cala.library.show.cards import show_failures
 from cala.library.show.cards import show_pictures
-from cala.library.show.cards import show_triplet
 from cala.library.show.cards import show_triplets
 from cala.library.show.cards import to_ranks
 from cala.library.show.curves import edit_kinds
@@ -33,12 +32,10 @@ from cala.library.show.curves import read_log
 from cala.library.show.curves import recall_curve
 from cala.library.show.curves import wilson
 from cala.library.show.panel import TrainingPanel
-from cala.library.show.panel import sparkline
 from cala.library.show.widgets import QueryExplorer
 from cala.library.show.widgets import TripletBrowser
 from cala.library.show.widgets import association_votes
-from cala.library.show.widgets import embed_gallery_with
-from cala.library.show.widgets import gallery_features
+from cala.library.show.widgets import embed_gallery
 from cala.library.show.widgets import html_image
 from cala.library.show.widgets import joint_scores
 from cala.library.worlds.scenes import draw_cirr
@@ -128,7 +125,7 @@ def test_a_picture_of_any_shape_stays_in_its_box(world, tmp_path, size):
     data.gallery.paths[0] = tmp_path / "odd.png"
     names = data.gallery.names
     data.triplets[0] = data.triplets[0].__class__(names[0], ("is teal",), names[1], "0")
-    figure = show_triplet(data, 0)
+    figure = show_triplets(data, [0])
     assert_readable(figure)
     images = figure.axes[0].images
     assert len(images) == 1 and max(images[0].get_array().shape[:2]) <= 256
@@ -138,11 +135,11 @@ def test_a_missing_picture_is_named(world):
     data = CIRR(world, "val")
     data.gallery.paths[data.references[0]] = world / "dev" / "gone.png"
     with pytest.raises(CalaError, match="gone.png"):
-        show_triplet(data, 0)
+        show_triplets(data, [0])
 
 
 def test_unlabelled_triplets_leave_the_target_empty(world):
-    figure = show_triplet(CIRR(world, "test1"), 0)
+    figure = show_triplets(CIRR(world, "test1"), [0])
     assert [len(ax.images) for ax in figure.axes] == [1, 0, 0]
 
 
@@ -157,11 +154,11 @@ def test_pictures_in_rows(world):
 
 
 def test_a_ranking_finds_its_rank_or_takes_the_given_one(world):
-    assert Ranking(0, "is red", torch.tensor([4, 2, 7]), target=2).rank == 2
+    assert Ranking(0, "is red", [4, 2, 7], target=2).rank == 2
     assert Ranking(0, "is red", [4, 2, 7], target=5).rank is None
     assert Ranking(0, "is red", [4, 2, 7], target=2, rank=1).rank == 1  # scores may tie
     ranking = Ranking(0, "is red", [4, 2, 7], [0.91, 0.62, 0.5], target=2)
-    assert [ranking.misses(k) for k in (1, 2)] == [True, False]
+    assert [ranking.missed_target(k) for k in (1, 2)] == [2, None]
     figure = draw_rankings(CIRR(world, "val").gallery, [ranking], k=2)
     assert [ax.get_xlabel() for ax in figure.axes[2:]] == ["1 · 0.91", "2 · 0.62\ntarget"]
     figure = draw_rankings(CIRR(world, "val").gallery, [ranking], k=1)
@@ -244,16 +241,16 @@ def test_a_log_is_a_table_or_rows_or_a_file(small_log, tmp_path):
 
 def test_the_same_figure_is_the_same_bytes(world, tmp_path):
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
-        show_triplet(CIRR(world, "val"), 0, save=tmp_path / "new" / name)
+        show_triplets(CIRR(world, "val"), [0]).save(tmp_path / "new" / name)
     for kind in ("svg", "png"):
         assert (tmp_path / f"new/a.{kind}").read_bytes() == (tmp_path / f"new/b.{kind}").read_bytes()
     with pytest.raises(CalaError, match=".png or .svg"):
-        show_triplet(CIRR(world, "val"), 0, save=tmp_path / "a.pdf")
+        show_triplets(CIRR(world, "val"), [0]).save(tmp_path / "a.pdf")
 
 
 def test_drawing_leaves_no_open_figure_and_no_changed_settings(world):
     before = dict(matplotlib.rcParams)
-    show_triplet(CIRR(world, "val"), 0)
+    show_triplets(CIRR(world, "val"), [0])
     with pytest.raises(CalaError):
         loss_curves([])
     assert matplotlib.pyplot.get_fignums() == [] and dict(matplotlib.rcParams) == before
@@ -278,7 +275,7 @@ def test_several_edits_at_once_are_counted(world, tmp_path):
 
 
 def test_a_description_keeps_its_quotation_marks(world):
-    assert 'alt="&quot;red&quot;"' in html_image(show_triplet(CIRR(world, "val"), 0), '"red"')
+    assert 'alt="&quot;red&quot;"' in html_image(show_triplets(CIRR(world, "val"), [0]), '"red"')
 
 
 def test_a_browser_finds_by_kind_and_by_words(world):
@@ -315,12 +312,6 @@ def test_hand_and_program_move_the_same_browser(world):
     assert (browser.kind_menu.value, browser.count.value) == ("all", "none")
 
 
-def test_a_sparkline_has_eight_heights(small_log):
-    assert sparkline(range(8)) == "▁▂▃▄▅▆▇█"
-    assert [sparkline(values) for values in ([], [2, 2], [1, float("nan"), 2])] == ["", "▁▁", "▁█"]
-    assert len(sparkline(small_log.loss)) == 16
-
-
 def test_a_panel_in_a_terminal_prints_lines(small_log):
     lines = []
     panel = TrainingPanel(steps=120, every=1e9, say=lines.append)
@@ -340,7 +331,7 @@ def test_a_panel_in_a_notebook_draws(world, small_log):
     panel = TrainingPanel(steps=120, say=lines.append)
     assert len(panel.widget.children) == 4
     panel.rows = small_log.to_dict("records")
-    panel.examples = show_triplet(CIRR(world, "val"), 0)
+    panel.examples = show_triplets(CIRR(world, "val"), [0])
     panel.refresh()
     assert lines == [] and panel.progress.value == 119 and panel.line() in panel.text.value
     assert "<img" in panel.curves.value and "<img" in panel.answers.value
@@ -379,7 +370,7 @@ def test_a_panel_with_examples_does_not_change_the_run(world, tmp_path):
 def test_an_explorer_ranks_as_an_evaluation_does(world):
     data, model = open_val(world), CaLa(small_backbone())
     with pytest.raises(CalaError, match="open it with transform="):
-        gallery_features(model, CIRR(world, "val"))
+        embed_gallery(model, CIRR(world, "val"), model.embed_gallery)
     explorer = QueryExplorer({"untrained": model}, data, k=4)
     assert explorer.features["untrained"].shape == (len(data.gallery), 32)
     assert len(explorer.candidates(3)) == len(data.gallery) - 1 and 3 not in explorer.candidates(3)
@@ -395,7 +386,7 @@ def test_an_explorer_ranks_as_an_evaluation_does(world):
 
 def test_votes_of_the_associations_are_the_training_logits(world):
     data, model = open_val(world), CaLa(small_backbone())
-    targets = embed_gallery_with(lambda x: model.backbone.image(model.tokens(x)).tokens, model, data)
+    targets = embed_gallery(model, data, lambda tokens: model.backbone.image(tokens).tokens)
     reference, caption = data[7]["reference"][None], data.caption(7)
     with evaluating(model):
         votes = association_votes(model, reference, caption, targets, {"TBIA", "CTR"})

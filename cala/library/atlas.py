@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import ipywidgets
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..associations import HingeCrossAttention
 from ..associations import TwinAttentionCompositor
-from ..data import Transform
+from ..data import ImageTransform
 from ..data import Triplets
 from ..encoders import Backbone
 from ..encoders import Embedding
@@ -118,11 +118,13 @@ def hide_each(
 # %% ../../nbs/library/atlas.ipynb #a70e79c9
 def as_seen(
     picture: Image.Image,
-    transform: Transform,  # the backbone's
+    transform: Callable,  # the backbone's, an `ImageTransform`
 ) -> Image.Image:
     "The picture after the transform, before its values are normalised."
-    if not hasattr(transform, "pixels"):
-        raise CalaError(f"the transform {transform} has no method pixels; use cala.data.image_transform")
+    if not isinstance(transform, ImageTransform):
+        raise CalaError(
+            f"the transform {transform} cannot be shown before it normalises; use cala.data.image_transform"
+        )
     larger = replace(transform, size=max(transform.size, 144))  # the same part of the picture, easier to look at
     return Image.fromarray(larger.pixels(picture).permute(1, 2, 0).numpy())
 
@@ -170,7 +172,6 @@ def draw_looks(
     looks: Tensor,  # (L, N) share of each patch in each token
     name: str = "query",  # of a token
     most: int = 8,  # tokens shown
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "A picture, and where each token looked: the picture lit, and the shares as heat maps."
     looks = looks[:most]
@@ -183,7 +184,7 @@ def draw_looks(
         place_picture(lit, spotlight(picture, looks[n]))
         image = _place_heat(heat, shares[n], float(shares.max()), f"{name} {n}")
     page.colorbar(image, ax=boxes, format="{x:.0%}", fraction=0.02, pad=0.01)
-    return page.saved(save)
+    return page
 
 # %% ../../nbs/library/atlas.ipynb #9708e7a7
 class Hinge(NamedTuple):
@@ -230,7 +231,7 @@ def token_words(
     count: int,  # tokens that the text encoder gave
 ) -> list[str]:
     "The caption's tokens as words; numbers where the tokenizer cannot tell."
-    tokenizer = getattr(backbone, "tokenizer", None)
+    tokenizer: Any = getattr(backbone, "tokenizer", None)
     words = []
     if hasattr(tokenizer, "tool"):
         words = tokenizer.tool.encode(caption).tokens
@@ -309,7 +310,6 @@ def draw_hinge(
     hinge: Hinge,  # of one token of the reference
     row: int = 0,  # which token
     most: int = 5,  # target tokens shown
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "What HCA joins: reference, words, target tokens, and the target as it is attended to through the words."
     chosen = hinge.looks.argsort(descending=True, stable=True)[:most]
@@ -331,14 +331,13 @@ def draw_hinge(
     pull.set(xticks=[], yticks=[], xlabel="pull $C$ on the target's queries")
     picture = spotlight(reading.target, hinge.looks @ reading.target_looks)
     place_picture(page.add_subplot(grid[1, n + 2]), picture, "attended to on the target", VERMILION)
-    return page.saved(save)
+    return page
 
 # %% ../../nbs/library/atlas.ipynb #e917c32b
 @style()
 def draw_twins(
     reading: Reading,
     shares: dict[str, Tensor],  # from `twin_shares`
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "What TAC takes from each picture."
     pictures = {"reference": reading.reference, "target": reading.target}
@@ -360,7 +359,7 @@ def draw_twins(
         place_picture(row[1], spotlight(pictures[side], maps[side]), "taken")
         image = _place_heat(row[2], maps[side], highest, label)
     page.colorbar(image, ax=boxes, format="{x:.0%}", fraction=0.02, pad=0.01)
-    return page.saved(save)
+    return page
 
 # %% ../../nbs/library/atlas.ipynb #137acbf0
 class AttentionAtlas(Movable):
@@ -374,22 +373,22 @@ class AttentionAtlas(Movable):
         if dataset.targets is None:
             raise CalaError(f"{dataset.name} {dataset.split} has no targets to look at; open the split val")
         self.model, self.dataset = model, dataset
+        self.targets = dataset.targets
         self.sheets = ["looks of the reference", "looks of the target"]
-        if model.compositor is not None:
+        if isinstance(model.compositor, TwinAttentionCompositor):
             self.sheets.insert(0, "TAC")
         if model.hca is not None:
             self.sheets.insert(0, "HCA")
         self.sheet = self.sheets[0]
-        self.i = 0  # the triplet
         self.row = 0  # the token of the reference that HCA is drawn for
-        self.reading = None
+        self.pick(0)
 
     def ask(
         self,
         caption: str,  # read instead of the triplet's own
     ) -> Reading:
         "Read the current pictures with another modification text."
-        reference, target = int(self.dataset.references[self.i]), int(self.dataset.targets[self.i])
+        reference, target = int(self.dataset.references[self.i]), int(self.targets[self.i])
         self.reading = read_triplet(self.model, self.dataset, reference, caption, target)
         self.update_widget()
         return self.reading
@@ -401,14 +400,6 @@ class AttentionAtlas(Movable):
         "Take a triplet and read it with its own modification text."
         self.i = i
         return self.ask(join_captions(self.dataset.triplets[i]))
-
-    def hinge(self) -> Hinge:
-        "The attention of HCA for the current triplet and row."
-        return hinge_parts(self.model.hca, self.reading.F_r, self.reading.F_c, self.reading.F_t, self.row)
-
-    def taken(self) -> dict[str, Tensor]:
-        "What TAC takes of each picture's tokens."
-        return twin_shares(self.model.compositor, self.reading.F_r_alone, self.reading.F_t)
 
     def turn(
         self,
@@ -424,15 +415,15 @@ class AttentionAtlas(Movable):
 
     def figure(self) -> Page:
         "The current sheet."
-        if self.reading is None:
-            self.pick(0)
-        if self.sheet == "HCA":
-            return draw_hinge(self.reading, self.hinge(), self.row)
-        if self.sheet == "TAC":
-            return draw_twins(self.reading, self.taken())
+        reading, model = self.reading, self.model
+        if self.sheet == "HCA" and model.hca is not None:
+            hinge = hinge_parts(model.hca, reading.F_r, reading.F_c, reading.F_t, self.row)
+            return draw_hinge(reading, hinge, self.row)
+        if self.sheet == "TAC" and isinstance(model.compositor, TwinAttentionCompositor):
+            return draw_twins(reading, twin_shares(model.compositor, reading.F_r_alone, reading.F_t))
         if self.sheet == "looks of the reference":
-            return draw_looks(self.reading.reference, self.reading.reference_looks)
-        return draw_looks(self.reading.target, self.reading.target_looks)
+            return draw_looks(reading.reference, reading.reference_looks)
+        return draw_looks(reading.target, reading.target_looks)
 
     def __repr__(self):
         return f"AttentionAtlas: triplet {self.i} of {len(self.dataset.triplets)}, {self.sheet}"
@@ -446,8 +437,6 @@ class AttentionAtlas(Movable):
 
     def build_widget(self) -> ipywidgets.VBox:
         "Controls over a sheet."
-        if self.reading is None:
-            self.pick(0)
         Layout, late = ipywidgets.Layout, dict(continuous_update=False)
         last = len(self.dataset.triplets) - 1
         self.triplet_slider = ipywidgets.IntSlider(max=last, description="triplet", **late)

@@ -816,7 +816,6 @@ def describe_results(
 def draw_levels(
     results: dict[str, Any],  # from `measure_all`, with steps
     bench: Benchmark,
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Two bars for each level: its arithmetic and its time."
     steps = results["steps"].iloc[::-1]
@@ -837,4 +836,4 @@ def draw_levels(
     right.set_xlabel(f"seconds, a batch of {bench.batch_size} forward and backward")
     for ax in (left, right):
         ax.grid(visible=False, axis="y")
-    return page.saved(save)
+    return page

@@ -96,7 +96,7 @@ def name_share(
     return f"{amount / seconds / limit:.1%}"
 
 
-# The parts; each gives rows with `what`, `value` and `of limit` for the table at the end
+# The parts; each gives rows with `name`, `value` and `of limit` for the table at the end
 
 
 def run_tests(
@@ -117,9 +117,9 @@ def run_tests(
     rows, failed = [], []
     for suite in suites:
         counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-        rows.append(dict(what="tests", value=", ".join(f"{count} {name}" for name, count in counts.items())))
+        rows.append(dict(name="tests", value=", ".join(f"{count} {name}" for name, count in counts.items())))
         failed += [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
-    rows += [dict(what="failed", value=name) for name in failed]
+    rows += [dict(name="failed", value=name) for name in failed]
     if status and not failed:
         raise CalaError(f"pytest ended with status {status}; its own lines say why")
     return rows
@@ -140,10 +140,10 @@ def measure_step(
         if not bench.flags.dry:
             value += f", speed-up {step['ratio']:.2f}"
         share = name_share(step["flops"], step["seconds"], bench.limits.flops)
-        rows.append({"what": f"step, {step['mode']}, {step['level']}", "value": value, "of limit": share})
+        rows.append({"name": f"step, {step['mode']}, {step['level']}", "value": value, "of limit": share})
     update = measure_optimizer(bench.flags, model)
     share = name_share(update["bytes"], update["fused"], bench.limits.bandwidth)
-    rows.append({"what": "AdamW, fused", "value": f"{update['fused']:.4f} s", "of limit": share})
+    rows.append({"name": "AdamW, fused", "value": f"{update['fused']:.4f} s", "of limit": share})
     batch = collate_first(data, bench.flags.batch_size)
     return rows + list_kernels(bench, partial(run_step, bench.flags, model.train(), batch, bench.device))
 
@@ -165,7 +165,7 @@ def list_kernels(
     events = [event for event in averages if event.device_type == device_type]
     times = sorted(((getattr(event, column), event.key) for event in events), reverse=True)
     whole = sum(time for time, _ in times) or 1
-    return [dict(what=f"kernel {name[:60]}", value=f"{time / whole:.1%} of a step") for time, name in times[:count]]
+    return [dict(name=f"kernel {name[:60]}", value=f"{time / whole:.1%} of a step") for time, name in times[:count]]
 
 
 def measure_trunk(
@@ -196,8 +196,8 @@ def measure_trunks(
     for name, options in dict(clip=dict(model_name="RN50x4"), blip2={}).items():
         size = dict(random_weights=bench.flags.size, precision="bf16")
         backbone = make_backbone(name, **options, **size).to(bench.device).eval()
-        what = " ".join(["trunk of", name, *options.values()])
-        rows.append(dict(what=what) | measure_trunk(bench, backbone.trunk, backbone.size))
+        title = " ".join(["trunk of", name, *options.values()])
+        rows.append(dict(name=title) | measure_trunk(bench, backbone.trunk, backbone.size))
     return rows
 
 
@@ -212,8 +212,8 @@ def measure_large_ranking(
     targets = torch.randint(pictures, (queries,))
     taken = time_call(partial(rank_queries, Sum(), reference, text, gallery, targets), bench.flags.repeats)
     share = name_share(2 * queries * pictures * width, taken, bench.limits.flops32)
-    what = f"{queries:,} queries, {pictures:,} pictures"
-    return [{"what": what, "value": f"{taken:.2f} s", "of limit": share}]
+    title = f"{queries:,} queries, {pictures:,} pictures"
+    return [{"name": title, "value": f"{taken:.2f} s", "of limit": share}]
 
 
 def measure_short_epoch(
@@ -228,9 +228,9 @@ def measure_short_epoch(
             training, validation = (epoch[f"{layout}_{name}"] * factor for name in ("training", "validation"))
             value = f"{training:,.0f} s, validation {validation:,.0f} s, from {epoch['triplets']} triplets"
             share = name_share(epoch[f"{layout}_flops"] * factor, training, bench.limits.flops)
-            what = f"epoch of CIRR, extrapolated, {epoch['mode']}, {layout}"
-            rows.append({"what": what, "value": value, "of limit": share})
-        rows.append(dict(what=f"recalls, {epoch['mode']}", value=f"differ by {epoch['recalls']:.2g} at most"))
+            title = f"epoch of CIRR, extrapolated, {epoch['mode']}, {layout}"
+            rows.append({"name": title, "value": value, "of limit": share})
+        rows.append(dict(name=f"recalls, {epoch['mode']}", value=f"differ by {epoch['recalls']:.2g} at most"))
     return rows
 
 
@@ -256,7 +256,7 @@ def run_part(
         return dict(state="left out", seconds=0.0, rows=rows, note="the time was over")
     try:
         rows = part(bench, seconds)
-        if any(row["what"] == "failed" for row in rows):
+        if any(row["name"] == "failed" for row in rows):
             state = "failed"
     except Exception as error:  # whatever it is, the other parts are still worth their time
         state, note = "failed", f"{type(error).__name__}: {one_line(error)[:300]}"
@@ -275,12 +275,12 @@ def make_table(
     "One table of everything."
     rows = []
     for name, part in parts.items():
-        rows.append({"part": name, "what": f"{part['state']}, {part['seconds']:.0f} s", "value": part["note"]})
+        rows.append({"part": name, "name": f"{part['state']}, {part['seconds']:.0f} s", "value": part["note"]})
         rows += [dict(part="") | row for row in part["rows"]]
-    columns = ["part", "what", "value", *(["of limit"] if with_shares else [])]
+    columns = ["part", "name", "value", *(["of limit"] if with_shares else [])]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     widths = table.apply(lambda column: column.str.len().max())
-    left = {name: f"{{:<{widths[name]}}}".format for name in ("part", "what", "value")}
+    left = {name: f"{{:<{widths[name]}}}".format for name in ("part", "name", "value")}
     return table.to_string(index=False, formatters=left, justify="left")
 
 

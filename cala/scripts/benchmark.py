@@ -33,6 +33,6 @@ def main(
     print(benchmark.describe_results(bench, results))
     if "steps" in results:
         results["steps"].to_csv(folder / "benchmark.csv", index=False)
-        benchmark.draw_levels(results, bench, folder / "benchmark.png")
+        benchmark.draw_levels(results, bench).save(folder / "benchmark.png")
     write_atomically(folder / "benchmark.json", json.dumps(benchmark.summarise(results), indent=1).encode())
     return results

@@ -1,12 +1,11 @@
 """Triplets, rankings and failures as pictures."""
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
@@ -43,7 +42,6 @@ def show_triplets(
     dataset: Triplets,  # CIRR or FashionIQ
     indices: Sequence[int],  # which triplets
     members: bool = False,  # also the six pictures of each group (CIRR)
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "A row for each triplet: reference, modification text, target."
     triplets = [dataset.triplets[i] for i in indices]
@@ -62,17 +60,7 @@ def show_triplets(
         frames = {triplet.reference: BLUE, triplet.target: VERMILION}
         for box, name in zip(row[4:], triplet.group):
             place_picture(box, gallery.picture(gallery.position(name)), frame=frames.get(name))
-    return page.saved(save)
-
-
-def show_triplet(
-    dataset: Triplets,  # CIRR or FashionIQ
-    i: int,  # which triplet
-    members: bool = False,  # also the six pictures of its group (CIRR)
-    save: str | Path | None = None,  # path .png or .svg
-) -> Page:
-    "One triplet: reference, modification text, target."
-    return show_triplets(dataset, [i], members, save)
+    return page
 
 
 def show_pictures(
@@ -80,7 +68,6 @@ def show_pictures(
     labels: Sequence[str] | None = None,  # a line under each
     frames: Sequence[str | None] | None = None,  # colour of each frame; None for a thin grey one
     columns: int = 6,  # pictures in a row
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Pictures in rows, each with its label."
     if not pictures:
@@ -92,7 +79,7 @@ def show_pictures(
     page, boxes = make_boxes([1] * columns, rows, below=0.4 if any(labels) else 0.1)
     for box, picture, label, frame in zip(boxes.flat, pictures, labels, frames):
         place_picture(box, picture, "\n".join(break_lines(label, 1.05, 8, most=2)), frame)
-    return page.saved(save)
+    return page
 
 
 @dataclass
@@ -101,23 +88,22 @@ class Ranking:
 
     reference: int  # gallery position
     caption: str  # the modification text
-    order: list  # gallery positions, best first; the first few are enough
-    scores: Sequence | None = None  # of the pictures in `order`, to be shown
+    order: list[int]  # gallery positions, best first; the first few are enough
+    scores: list[float] | None = None  # of the pictures in `order`, to be shown
     target: int | None = None  # gallery position, None if it is not known
     rank: float | None = None  # of the target, 1 = first; its place in `order` if None, so give it where scores tie
     note: str = ""  # a heading for the row
 
     def __post_init__(self):
-        self.order = [int(position) for position in self.order]
         if self.rank is None and self.target in self.order:
             self.rank = self.order.index(self.target) + 1
 
-    def misses(
+    def missed_target(
         self,
         k: int,  # pictures shown
-    ) -> bool:
-        "True if the target is known and not among the first k."
-        return self.target is not None and self.target not in self.order[:k]
+    ) -> int | None:  # gallery position; None if the target is shown, or not known
+        "The target, if it is not among the first k."
+        return None if self.target in self.order[:k] else self.target
 
 
 @style()
@@ -128,15 +114,16 @@ def _place_ranking(row: np.ndarray, gallery: Gallery, ranking: Ranking, k: int):
     if ranking.note:
         row[0].set_title(ranking.note, fontsize=8, parse_math=False)
     for n, (box, position) in enumerate(zip(row[2 : 2 + k], ranking.order)):
-        label = f"{n + 1}" if ranking.scores is None else f"{n + 1} · {float(ranking.scores[n]):.3g}"
+        label = f"{n + 1}" if ranking.scores is None else f"{n + 1} · {ranking.scores[n]:.3g}"
         if position == ranking.target:
             place_picture(box, gallery.picture(position), f"{label}\ntarget", VERMILION)
         else:
             place_picture(box, gallery.picture(position), label)
-    if ranking.misses(k):
+    missed = ranking.missed_target(k)
+    if missed is not None:
         dots, box = row[2 + k :]
         place = f"{ranking.rank:g}" if ranking.rank else f"after {len(ranking.order)}"
-        place_picture(box, gallery.picture(ranking.target), f"{place}\ntarget", VERMILION)
+        place_picture(box, gallery.picture(missed), f"{place}\ntarget", VERMILION)
         dots.text(0.5, 0.5, "…", ha="center", size=14, color=GREY)
 
 
@@ -144,27 +131,25 @@ def draw_rankings(
     gallery: Gallery,  # of the pictures
     rankings: Sequence[Ranking],
     k: int = 6,  # pictures in a row
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "A row for each ranking: the query at the left, rank and score under each picture, the target framed."
     widths = [1, 1.5] + [1] * k
-    if any(ranking.misses(k) for ranking in rankings):
+    if any(ranking.missed_target(k) is not None for ranking in rankings):
         widths += [0.15, 1]
     page, boxes = make_boxes(widths, len(rankings), below=0.55)
     for row, ranking in zip(boxes, rankings):
         _place_ranking(row, gallery, ranking, k)
-    return page.saved(save)
+    return page
 
 
 def show_rankings(
     dataset: Triplets,  # CIRR or FashionIQ
     queries: Sequence[int],  # which triplets
-    orders: Sequence,  # (len(queries), n) gallery positions, best first
-    scores: Sequence | None = None,  # (len(queries), n) their scores, to be shown
-    ranks: Sequence | None = None,  # (len(queries),) ranks of the targets; read off `orders` if None
+    orders: Sequence | torch.Tensor,  # (len(queries), n) gallery positions, best first
+    scores: Sequence | torch.Tensor | None = None,  # (len(queries), n) their scores, to be shown
+    ranks: Sequence | torch.Tensor | None = None,  # (len(queries),) of the targets; read off `orders` if None
     k: int = 6,  # pictures in a row
     notes: Sequence[str] | None = None,  # headings, one for each query
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Rankings of several triplets of a data set."
     find = dataset.gallery.position
@@ -174,14 +159,14 @@ def show_rankings(
         ranking = Ranking(
             find(triplet.reference),
             join_captions(triplet),
-            order,
-            scores=None if scores is None else scores[n],
+            [int(position) for position in order],
+            scores=None if scores is None else [float(score) for score in scores[n]],
             target=find(triplet.target) if triplet.target else None,
             rank=None if ranks is None else float(ranks[n]),
             note="" if notes is None else notes[n],
         )
         rankings.append(ranking)
-    return draw_rankings(dataset.gallery, rankings, k, save)
+    return draw_rankings(dataset.gallery, rankings, k)
 
 
 def failures(
@@ -191,22 +176,27 @@ def failures(
     above: int = 1,  # a failure is a rank above this
 ) -> list[int]:  # query numbers
     "The worst failures of each kind; the kind with the largest share of failures comes first."
-    table = pd.DataFrame(dict(rank=to_ranks(ranks).numpy(), kind=kinds))
-    failed = table["rank"] > above
-    table["share"] = failed.groupby(table["kind"]).transform("mean")
-    worst = table[failed].sort_values(["share", "kind", "rank"], ascending=False, kind="stable")
-    return worst.groupby("kind", sort=False).head(per_kind).index.tolist()
+    ranks = to_ranks(ranks).tolist()
+    failed = [i for i, rank in enumerate(ranks) if rank > above]
+    of_kind, failed_of_kind = Counter(kinds), Counter(kinds[i] for i in failed)
+    failed.sort(key=lambda i: (failed_of_kind[kinds[i]] / of_kind[kinds[i]], kinds[i], ranks[i]), reverse=True)
+    taken: Counter[str] = Counter()
+    worst = []
+    for i in failed:
+        if taken[kinds[i]] < per_kind:
+            worst.append(i)
+        taken[kinds[i]] += 1
+    return worst
 
 
 def show_failures(
     dataset: Triplets,  # CIRR or FashionIQ
     ranks: Iterable,  # (Q,) ranks of the targets
-    orders: Sequence,  # (Q, n) gallery positions, best first
+    orders: Sequence | torch.Tensor,  # (Q, n) gallery positions, best first
     kinds: Sequence[str],  # (Q,) kind of each query's edit
     per_kind: int = 1,  # queries of each kind, at most
     above: int = 1,  # a failure is a rank above this
     k: int = 5,  # pictures in a row
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Rankings of the worst failures, sorted by kind of edit."
     ranks = to_ranks(ranks)
@@ -214,4 +204,4 @@ def show_failures(
     if not worst:
         raise CalaError(f"no query has a rank above {above}: there is no failure to show")
     notes = [f"{kinds[i]}: the target has rank {ranks[i]:g}" for i in worst]
-    return show_rankings(dataset, worst, [orders[i] for i in worst], None, ranks[worst], k, notes, save)
+    return show_rankings(dataset, worst, [orders[i] for i in worst], None, ranks[worst], k, notes)

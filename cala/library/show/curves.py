@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -31,22 +33,21 @@ def recall_curve(
     ranks: Mapping[str, Iterable],  # {name: (Q,) ranks of the targets}
     upto: int = 50,  # the last k
     gallery: int | None = None,  # pictures that compete; draws what chance reaches
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Recall at 1 .. `upto`, a line for each model."
     page = Page(figsize=(5, 2.6), layout="constrained")
     ax = page.subplots()
-    ks = range(1, upto + 1)
+    ks = tuple(range(1, upto + 1))
     for name, model_ranks in ranks.items():
         ax.plot(ks, list(recalls(to_ranks(model_ranks), ks).values()), label=name)
     if gallery:
         ax.plot(ks, [min(100, 100 * k / gallery) for k in ks], color=GREY, lw=1, ls=":", label="chance")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= upto]
     ax.set(xscale="log", ylim=(0, 103), xlabel="k", ylabel="recall at k, %")
-    ax.set_xticks(ticks, ticks)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return page.saved(save)
+    return page
 
 
 def read_log(
@@ -120,9 +121,7 @@ def _draw_line(ax: Axes, line: Line, smooth: float):
     few = len(values) < 20
     if line.column in LOSSES and not few:
         ax.plot(x, values, color=colour, alpha=0.25, lw=0.7, ls="-", zorder=0)
-        values = values.ewm(
-            alpha=1 - smooth
-        ).mean()  # divides by the sum of the weights, so that it does not start at 0
+        values = values.ewm(alpha=1 - smooth).mean()  # divides by the sum of the weights, so it does not start at 0
     ax.plot(x, values, color=colour, ls=dashes, label=line.label, marker="o" if few else None, ms=3)
     ax.set_xlabel(ax_label)
 
@@ -142,15 +141,15 @@ def _fill_panel(ax: Axes, title: str, lines: list[Line], smooth: float):
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     if len(lines) > 1 or "%" in title or lines[0].label not in title:
-        below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.4, borderpad=0)
-        ax.legend(fontsize=8, ncols=_count_name_columns(lines), columnspacing=1, **below)
+        space: dict[str, Any] = dict(columnspacing=1, borderaxespad=4.4, borderpad=0)
+        names = _count_name_columns(lines)
+        ax.legend(fontsize=8, ncols=names, loc="upper center", bbox_to_anchor=(0.5, 0), **space)
 
 
 @style()
 def loss_curves(
     logs: pd.DataFrame | Sequence[dict] | str | Path | Mapping,  # log of a run (see `read_log`), or {name: log}
     smooth: float = 0.9,  # weight of the past in the running mean; 0 for none
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "A panel for each loss term and the learning rate; recalls of one run share a panel, those of several do not."
     named = logs if isinstance(logs, Mapping) else {"": logs}
@@ -162,7 +161,7 @@ def loss_curves(
     page = Page(figsize=(2.5 * wide, (2 + 0.17 * name_rows) * high), layout="constrained")
     for n, (title, lines) in enumerate(panels.items()):
         _fill_panel(page.add_subplot(high, wide, n + 1), title, lines, smooth)
-    return page.saved(save)
+    return page
 
 
 def edit_kinds(
@@ -194,31 +193,29 @@ def wilson(
 @style()
 def per_kind_recall(
     ranks: Iterable | Mapping[str, Iterable],  # (Q,) ranks of the targets, or {name: ranks}
-    kinds: Sequence[str],  # (Q,) kind of each query's edit
+    kinds: list[str],  # (Q,) kind of each query's edit
     k: int = 1,  # recall at this k
-    save: str | Path | None = None,  # path .png or .svg
 ) -> Page:
     "Recall at k for each kind of edit, the hardest first, with the number of queries and a 95% interval."
     models = ranks if isinstance(ranks, Mapping) else {"": ranks}
-    is_found = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
-    groups = is_found.groupby(pd.Series(kinds).to_numpy())
-    counts, hits = groups.size(), groups.sum()
-    order = (hits.iloc[:, 0] / counts).sort_values(kind="stable").index
-    height = 0.5 + len(order) * max(0.3, 0.2 * len(models))
-    page = Page(figsize=(5.5, height), layout="constrained")
+    is_found = {name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()}
+    names, first = np.array(kinds), next(iter(is_found.values()))
+    order = sorted(sorted(set(kinds)), key=lambda kind: first[names == kind].mean())
+    page = Page(figsize=(5.5, 0.5 + len(order) * max(0.3, 0.2 * len(models))), layout="constrained")
     ax = page.subplots()
     thick = 0.8 / len(models)
-    for m, name in enumerate(models):
+    for m, (name, of_model) in enumerate(is_found.items()):
         for row, kind in enumerate(order):
-            y, n, correct = row - 0.4 + thick * (m + 0.5), int(counts[kind]), int(hits.loc[kind, name])
+            hits = of_model[names == kind]
+            y, n, correct = row - 0.4 + thick * (m + 0.5), len(hits), int(hits.sum())
             value, colour = 100 * correct / n, PALETTE[m % 6]
             ax.barh(y, value, thick * 0.9, color=colour, alpha=0.5, label=name if row == 0 else None)
             ax.plot(wilson(correct, n), [y, y], color=colour, lw=1.5, ls="-")
             ax.text(102, y, f"{value:.0f}", va="center", size=8)
     ax.set(xlim=(0, 118), xlabel=f"recall at {k}, %", xticks=range(0, 101, 20))
-    ax.set_yticks(range(len(order)), [f"{kind}  (n = {counts[kind]})" for kind in order])
+    ax.set_yticks(range(len(order)), [f"{kind}  (n = {kinds.count(kind)})" for kind in order])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     if len(models) > 1:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return page.saved(save)
+    return page

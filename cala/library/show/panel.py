@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from time import monotonic
 
 import ipywidgets
-from torch import nn
 
 from ...data import Triplets
+from ...model import CaLa
 from .cards import draw_rankings
 from .curves import LOSSES
 from .curves import loss_curves
@@ -23,25 +22,6 @@ from .style import place_text
 from .widgets import Movable
 from .widgets import QueryExplorer
 from .widgets import html_image
-
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(
-    values: Iterable[float],  # oldest first; those that are not finite are left out
-    width: int = 16,  # characters
-) -> str:
-    "Numbers as a row of blocks, averaged to `width` characters, from the lowest block to the full one."
-    values = [float(value) for value in values if math.isfinite(value)]
-    if not values:
-        return ""
-    width = min(width, len(values))
-    means = []
-    for n in range(width):
-        part = values[n * len(values) // width : (n + 1) * len(values) // width]
-        means.append(sum(part) / len(part))
-    span = max(means) - min(means) or 1
-    return "".join(BLOCKS[int(7.99 * (mean - min(means)) / span)] for mean in means)
 
 
 class TrainingPanel(Movable):
@@ -70,12 +50,11 @@ class TrainingPanel(Movable):
             for column in LOSSES:
                 if math.isfinite(row.get(column, math.nan)):
                     parts.append(f"{name_column(column)} {row[column]:.3g}")
-            parts.append(sparkline(row["loss"] for row in self.rows if "loss" in row))
         if self.validations:
             for column, value in self.validations[-1].items():
                 if name_column(column) in ("R@1", "R@10", "Rs@1"):
                     parts.append(f"{name_column(column)} {value:.1f}")
-        return "  ".join(part for part in parts if part) or "nothing logged yet"
+        return "  ".join(parts) or "nothing logged yet"
 
     def __repr__(self):
         return self.line()
@@ -128,10 +107,10 @@ class TrainingPanel(Movable):
 
     def see(
         self,
-        model: nn.Module,  # CaLa, as it is now
+        model: CaLa,  # as it is now
     ):
         "Rank the example queries; `train` calls this before it hands over the row of a validation."
-        if not len(self.queries):
+        if self.dataset is None or not len(self.queries):
             return
         explorer = QueryExplorer(model, self.dataset, k=5)
         answers = [explorer.pick(i)[""] for i in self.queries]

@@ -22,22 +22,11 @@ from ...errors import CalaError
 GREY = "#797979"
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
-GREEN = "#009E73"
-PURPLE = "#CC79A7"
-ORANGE = "#E69F00"  # orange and sky have little contrast with white, so they are the fifth and the sixth line
-SKY = "#56B4E9"
-PALETTE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY]
+ORANGE = "#E69F00"
+PALETTE = [BLUE, VERMILION, "#009E73", "#CC79A7", ORANGE, "#56B4E9"]  # the last two have little contrast with white
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
 
-INKED = [
-    "text.color",
-    "axes.labelcolor",
-    "axes.edgecolor",
-    "axes.titlecolor",
-    "xtick.color",
-    "ytick.color",
-    "grid.color",
-]
+INKED = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color grid.color".split()
 STYLE: dict[Any, Any] = {  # matplotlib calls its keys `RcKeyType`
     **dict.fromkeys(INKED, GREY),
     "figure.facecolor": "none",
@@ -95,16 +84,14 @@ class Page(Figure):
     def _ipython_display_(self):
         display(notebook_output(self, self), raw=True)
 
-    def saved(
+    def save(
         self,
-        path: str | Path | None = None,  # ends in .png or .svg; None writes nothing
+        path: str | Path,  # ends in .png or .svg; its folder is made if need be
     ) -> "Page":
-        "Write the figure if a path is given, and return it."
-        if path is None:
-            return self
+        "Write the figure, and return it."
         path = Path(path)
         if path.suffix not in (".png", ".svg"):
-            raise CalaError(f"save={str(path)!r}: a figure is written as .png or .svg; end the path with one of them")
+            raise CalaError(f"{path}: a figure is written as .png or .svg; end the path with one of them")
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if path.suffix == ".svg" else None  # a date would change the bytes
         with style():
@@ -129,15 +116,12 @@ def fit_text(
     height: float,
 ) -> tuple[str, float]:  # with line breaks, and the size of its type
     "Choose the largest type in which a text fits a box; if none fits, the text is cut."
-    lines = []
+    most, size = 1, LINE_SIZES[0]
     for size in LINE_SIZES:
         most = max(1, int(height * 72 / (1.3 * size)))
-        lines = break_lines(text, width, size)
-        if len(lines) <= most:
+        if len(break_lines(text, width, size)) <= most:
             break
-    else:
-        lines = break_lines(text, width, size, most)
-    return "\n".join(lines), size
+    return "\n".join(break_lines(text, width, size, most)), size
 
 
 @style()
@@ -195,10 +179,10 @@ def place_text(
     low = 0.22 if arrow else 0.0
     lines, size = fit_text(text, extent.width, extent.height * (1 - low))
     middle = (1 + low) / 2
-    written = box.text(0.5, middle, lines, size=size, color=GREY, parse_math=False, transform=box.transAxes)
-    written.set(horizontalalignment="center", verticalalignment="center")
+    written = box.text(0.5, middle, lines, fontsize=size, color=GREY, parse_math=False, transform=box.transAxes)
+    written.set(ha="center", va="center")
     true_width = max(1, written.get_window_extent().width)  # capitals are wider than the estimate of `break_lines`
-    written.set_size(size * min(1, extent.width * box.figure.dpi / true_width))
+    written.set_fontsize(size * min(1, extent.width * box.figure.dpi / true_width))
     if arrow:
         arrowprops = dict(arrowstyle="-|>", color=GREY, lw=1.4)
         box.annotate("", (1, 0.1), (0, 0.1), xycoords="axes fraction", arrowprops=arrowprops)

@@ -7,7 +7,6 @@ it is first shown; a front end without widgets (a web page, a PDF) shows the fig
 from base64 import b64encode
 from collections.abc import Callable
 from functools import cached_property
-from functools import partial
 from html import escape
 from io import BytesIO
 from typing import Any
@@ -15,19 +14,23 @@ from typing import Any
 import ipywidgets
 import torch
 from torch import Tensor
-from torch import nn
 
 from ...contrast import association_logits
 from ...data import Gallery
 from ...data import Triplets
 from ...errors import CalaError
-from ...objectives import paper
+from ...model import CaLa
+from ...objectives import released
+from ...retrieval import embed_pictures
 from ...retrieval import evaluating
+from ...retrieval import load_batches
 from ...retrieval import sections
+from ...retrieval import target_ranks
+from ...retrieval import target_ties
 from .cards import Ranking
 from .cards import draw_rankings
 from .cards import join_captions
-from .cards import show_triplet
+from .cards import show_triplets
 from .style import BLUE
 from .style import GREY
 from .style import VERMILION
@@ -88,7 +91,7 @@ class Movable:
         control.observe(notice, "value")
 
     def _repr_mimebundle_(self, **kwargs):
-        return self.widget._repr_mimebundle_() | notebook_output(self, self.figure())
+        return (self.widget._repr_mimebundle_() or {}) | notebook_output(self, self.figure())
 
 
 def html_image(
@@ -154,7 +157,7 @@ class TripletBrowser(Movable):
     def figure(self) -> Page:
         "The current triplet."
         if self.matches:
-            return show_triplet(self.dataset, self.matches[self.at], self.members)
+            return show_triplets(self.dataset, [self.matches[self.at]], self.members)
         page, boxes = make_boxes([4.5], 1, 0.6)
         place_text(boxes[0, 0], "no triplet has these words", arrow=False)
         return page
@@ -180,42 +183,29 @@ class TripletBrowser(Movable):
         self.count, self.card = ipywidgets.Label(), ipywidgets.HTML()
         self.fill_widget()
         for control in (self.kind_menu, self.text_box):
-            self.observe(control, lambda _: self.find(self.kind_menu.value, self.text_box.value))
+            self.observe(control, lambda _: self.find(str(self.kind_menu.value), str(self.text_box.value)))
         self.previous.on_click(lambda _: self.go(-1))
         self.next.on_click(lambda _: self.go(1))
         controls = side_by_side(self.kind_menu, self.text_box, self.previous, self.next, self.count)
         return ipywidgets.VBox([controls, self.card])
 
 
-def gallery_features(
-    model: nn.Module,  # CaLa, or another model with embed_gallery
+def embed_gallery(
+    model: CaLa,
     dataset: Triplets,  # its pictures must give tensors
-    batch_size: int = 64,  # pictures at a time
-) -> Tensor:  # (N, d)
-    "Features of all pictures of the gallery."
-    return embed_gallery_with(model.embed_gallery, model, dataset, batch_size)
-
-
-def embed_gallery_with(
-    embed: Callable[[Tensor], Tensor],  # pictures (B, 3, H, W) -> one entry for each
-    model: nn.Module,  # is in evaluation mode meanwhile
-    dataset: Triplets,  # its pictures must give tensors
-    batch_size: int = 64,  # pictures at a time
-) -> Tensor:  # (N, ...)
-    "Apply a function to all pictures of the gallery."
+    embed: Callable[[Tensor], Tensor],  # trunk tokens (B, N, w) -> one entry for each
+) -> Tensor:  # (G, ...)
+    "What a function gives for the trunk tokens of all pictures of the gallery."
     if not torch.is_tensor(dataset.pictures[0]):
         raise CalaError("the data set gives PIL pictures; open it with transform=model.backbone.transform()")
-    device = next(model.parameters()).device
-    parts = []
+    batches = load_batches(dataset.pictures, 64, next(model.parameters()).device)
     with evaluating(model):
-        for positions in torch.arange(len(dataset.gallery)).split(batch_size):
-            pictures = torch.stack([dataset.pictures[position] for position in positions.tolist()])
-            parts.append(embed(pictures.to(device)))
-    return torch.cat(parts)
+        (entries,), _ = embed_pictures(embed, model.tokens, batches, torch.empty(0, dtype=torch.long), 0)
+    return entries
 
 
 def association_votes(
-    model: nn.Module,  # CaLa
+    model: CaLa,
     picture: Tensor,  # (1, 3, H, W) or tokens (1, N, w) of the reference
     caption: str,  # the modification text
     targets: Tensor,  # (n, L, d) image tokens of the gallery
@@ -227,34 +217,33 @@ def association_votes(
     F_r, F_c = backbone.query(tokens, [caption]), backbone.text([caption])
     count = len(targets)
     logits = {}
-    if "TBIA" in which:
+    if "TBIA" in which and model.hca is not None:
         mask = F_c.mask.expand(count, -1) if model.mask_padding else None
         hca = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets, mask)
         logits["z_tbia"] = association_logits(hca, F_r.feature, model.tbia_scale, model.normalise)[:, 0]
-    if "CTR" in which:
+    if "CTR" in which and model.compositor is not None:
         tac = model.compositor(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
         logits["z_ctr"] = association_logits(tac, F_c.feature, model.ctr_scale, model.normalise)[:, 0]
     return logits
 
 
 def joint_scores(
-    model: nn.Module,  # CaLa
+    model: CaLa,
     z_qtm: Tensor,  # (n,) logits of query-target matching
     z_tbia: Tensor | None = None,  # (n,), if TBIA votes
     z_ctr: Tensor | None = None,  # (n,), if CTR votes
 ) -> Tensor:  # (n,)
-    "Minus the loss that training would compute if a picture were the target; over the candidates, not over a batch."
+    "Minus the loss of the query's row if a picture were the target; over the candidates, not over a batch."
     w_tbia, w_ctr = model.w_tbia, model.w_ctr
-    if model.objective is paper:
-        scores = z_qtm.log_softmax(-1)
-        if z_tbia is not None:
-            scores = scores + w_tbia * z_tbia.log_softmax(-1)
-        if z_ctr is not None:
-            scores = scores + w_ctr * z_ctr.log_softmax(-1)
-        return scores
-    mixed = z_qtm if z_ctr is None else (1 - w_ctr) * z_qtm + w_ctr * z_ctr
-    scores = mixed.log_softmax(-1)
-    return scores if z_tbia is None else (1 - w_tbia) * scores + w_tbia * z_tbia.log_softmax(-1)
+    if model.objective is released:
+        mixed = z_qtm if z_ctr is None else (1 - w_ctr) * z_qtm + w_ctr * z_ctr
+        scores = mixed.log_softmax(-1)
+        return scores if z_tbia is None else (1 - w_tbia) * scores + w_tbia * z_tbia.log_softmax(-1)
+    scores = z_qtm.log_softmax(-1)
+    for weight, logits in ((w_tbia, z_tbia), (w_ctr, z_ctr)):
+        if logits is not None:
+            scores = scores + weight * logits.log_softmax(-1)
+    return scores
 
 
 class PictureButton:
@@ -267,7 +256,7 @@ class PictureButton:
     ):
         size = dict(width=f"{side}px", height=f"{side}px")
         over_the_picture = f"-{side + 4}px 0 4px 2px"
-        self.position = None
+        self.position = 0
         self.image, self.text = ipywidgets.Image(layout=ipywidgets.Layout(**size)), ipywidgets.HTML()
         # ipywidgets has no picture that is a button: a transparent button lies over it, which the keyboard reaches too.
         layout = ipywidgets.Layout(margin=over_the_picture, **size)
@@ -298,17 +287,18 @@ class QueryExplorer(Movable):
 
     def __init__(
         self,
-        models: nn.Module | dict[str, nn.Module],  # CaLa, or {name: CaLa}
+        models: CaLa | dict[str, CaLa],  # one, or several by name
         dataset: Triplets,  # CIRR or FashionIQ, opened with the models' transform
         k: int = 6,  # pictures shown
     ):
         self.models = models if isinstance(models, dict) else {"": models}
         self.dataset, self.k = dataset, k
-        self.features = {name: gallery_features(model, dataset) for name, model in self.models.items()}
-        self.tokens = {}  # of the gallery, for models whose associations vote
-        self.added = set()  # associations that vote
-        self.picked = 0  # the triplet, if the query is one
-        self.reference, self.caption, self.target, self.rankings = None, "", None, {}
+        self.features = {
+            name: embed_gallery(model, dataset, model.embed_gallery) for name, model in self.models.items()
+        }
+        self.tokens: dict[str, Tensor] = {}  # of the gallery, for models whose associations vote
+        self.added: set[str] = set()  # associations that vote
+        self.pick(0)
 
     def candidates(
         self,
@@ -329,9 +319,9 @@ class QueryExplorer(Movable):
         "The associations that a model still holds."
         associations = set()
         for model in self.models.values() if name is None else [self.models[name]]:
-            if getattr(model, "hca", None) is not None:
+            if model.hca is not None:
                 associations.add("TBIA")
-            if getattr(model, "compositor", None) is not None:
+            if model.compositor is not None:
                 associations.add("CTR")
         return associations
 
@@ -344,14 +334,15 @@ class QueryExplorer(Movable):
     ) -> Tensor:  # (n,)
         "The frame's scores; if associations vote, those of `joint_scores`."
         model, voting = self.models[name], self.added & self.held(name)
+        frame: Any = model.frame
         picture = self.dataset.pictures[reference][None].to(self.features[name].device)
         with evaluating(model):
-            z_qtm = model.frame.scores(*model.embed_queries(picture, [caption]), self.features[name])[0, rivals]
+            z_qtm = frame.scores(*model.embed_queries(picture, [caption]), self.features[name])[0, rivals]
             if not voting:
                 return z_qtm.cpu()
             if name not in self.tokens:
-                read = partial(_read_image_tokens, model)
-                self.tokens[name] = embed_gallery_with(read, model, self.dataset)
+                backbone = model.backbone
+                self.tokens[name] = embed_gallery(model, self.dataset, lambda tokens: backbone.image(tokens).tokens)
             votes = association_votes(model, picture, caption, self.tokens[name][rivals], voting)
             return joint_scores(model, z_qtm, **votes).cpu()
 
@@ -366,12 +357,11 @@ class QueryExplorer(Movable):
         rivals = self.candidates(reference)
         scores = self.score(name, reference, caption, rivals)
         order = scores.argsort(descending=True)
+        place = (rivals == (-1 if target is None else target)).nonzero()[:, 0]  # of the target among them, (1,) or (0,)
         rank = None
-        if target is not None and (rivals == target).any():
-            bar = scores[rivals == target]
-            higher, ties = int((scores > bar).sum()), int((scores == bar).sum()) - 1
-            rank = 1 + higher + ties / 2  # as in the tables of `evaluate`
-        return Ranking(reference, caption, rivals[order], scores[order].tolist(), target, rank, name)
+        if len(place):  # tied pictures count as the mean over their orders, as in the tables of `evaluate`
+            rank = float(target_ranks(scores[None], place) + target_ties(scores[None], place) / 2)
+        return Ranking(reference, caption, rivals[order].tolist(), scores[order].tolist(), target, rank, name)
 
     def ask(
         self,
@@ -394,8 +384,6 @@ class QueryExplorer(Movable):
         if absent:
             raise CalaError(f"no model here holds {', '.join(sorted(absent))}; load a checkpoint trained with it")
         self.added = set(associations)
-        if not self.rankings:
-            return self.pick(0)
         return self.ask(self.reference, self.caption, self.target)
 
     def pick(
@@ -410,8 +398,6 @@ class QueryExplorer(Movable):
 
     def figure(self) -> Page:
         "The current rankings, a row for each model."
-        if not self.rankings:
-            self.pick(0)
         return draw_rankings(self.dataset.gallery, list(self.rankings.values()), self.k)
 
     def __repr__(self):
@@ -430,8 +416,9 @@ class QueryExplorer(Movable):
             if ranking.rank:
                 parts.append(f"the target has rank {ranking.rank:g}")
             self.titles[name].value = ": ".join(parts)
+            scores = ranking.scores or []
             for n, (button, position) in enumerate(zip(self.answers[name], ranking.order)):
-                text = f"{n + 1} · {ranking.scores[n]:.3g}"
+                text = f"{n + 1} · {scores[n]:.3g}"
                 if position == ranking.target:
                     button.show(gallery, position, f"{text} · target", VERMILION)
                 else:
@@ -439,8 +426,6 @@ class QueryExplorer(Movable):
 
     def build_widget(self) -> ipywidgets.VBox:
         "A triplet slider, a modification text, a box for each association, the reference, and rows of pictures."
-        if not self.rankings:
-            self.pick(0)
         Layout = ipywidgets.Layout
         last = len(self.dataset.triplets) - 1
         self.triplet_slider = ipywidgets.IntSlider(max=last, description="triplet", continuous_update=False)
@@ -471,8 +456,3 @@ class QueryExplorer(Movable):
 
     def _count_votes(self, _):
         self.add(*[name for name, box in self.voters.items() if box.value])
-
-
-def _read_image_tokens(model: nn.Module, pictures: Tensor) -> Tensor:
-    "F_t of the pictures: (B, L, d)."
-    return model.backbone.image(model.tokens(pictures)).tokens
