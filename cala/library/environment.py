@@ -76,6 +76,7 @@ def print_environment() -> bool:  # True if all that cala always needs is instal
     print(f"cala {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(*list_devices(), sep="\n")
     print(table.to_string(index=False))
-    lacking = [row.package for row in table.itertuples() if row.state == "missing" or row.state.startswith("needs")]
+    is_lacking = (table.state == "missing") | table.state.str.startswith("needs")
+    lacking = table.package[is_lacking].tolist()
     print(f"to install: {', '.join(lacking)}" if lacking else "nothing is missing")
     return not lacking

@@ -79,7 +79,8 @@ class GradCache(Callback):
         "Step 3: the gradient, piece by piece."
         leaves = [vector for vector in self.vectors if vector is not None]
         weights = [p for p in learner.core.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(learner.losses.total, [*leaves, *weights], allow_unused=True)
+        losses: Any = learner.losses
+        gradients = torch.autograd.grad(losses.total, [*leaves, *weights], allow_unused=True)
         of_leaves = iter(gradients[: len(leaves)])
         pull = [None if vector is None else next(of_leaves) for vector in self.vectors]
         of_weights = [(w, g) for w, g in zip(weights, gradients[len(leaves) :]) if g is not None]

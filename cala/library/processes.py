@@ -25,12 +25,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.data import Subset
 
+from ..data import Triplets
 from ..data import collate
 from ..encoders import Words
 from ..errors import CalaError
 from .files import find_whole_folder
 from ..model import CaLa
 from ..model import Losses
+from ..model import Vectors
 from ..recipe import Recipe
 from ..retrieval import Embedded
 from ..retrieval import Result
@@ -63,11 +65,13 @@ def count_processes() -> int:
 
 
 def gather_vectors(
-    vectors: tuple,  # a named tuple of tensors (b, d) or None
-) -> tuple:  # the same type, of tensors (P b, d)
+    vectors: Vectors,  # of tensors (b, d)
+) -> Vectors:  # of tensors (P b, d)
     "The vectors of all processes, in one exchange."
-    rows = iter(GatherWithGradient.apply(torch.stack([vector for vector in vectors if vector is not None])))
-    return type(vectors)(*(None if vector is None else next(rows) for vector in vectors))
+    gathered: Any = GatherWithGradient.apply(torch.stack([vector for vector in vectors if vector is not None]))
+    rows = iter(gathered)
+    joined: list[Any] = [None if vector is None else next(rows) for vector in vectors]
+    return Vectors(*joined)
 
 # %% ../../nbs/library/processes.ipynb #8c8bc322
 class AcrossProcesses(nn.Module):
@@ -88,16 +92,17 @@ class AcrossProcesses(nn.Module):
         gallery: torch.Tensor | None = None,  # as for `CaLa.compare`
         positions: torch.Tensor | None = None,
         pull: list | None = None,  # gradients (b, d) of the vectors; None where a vector is None
-    ) -> Losses:  # with `pull`, a scalar
+    ) -> Losses | torch.Tensor:  # with `pull`, a scalar
         "Losses, or a scalar whose gradient is that of a loss computed before."
         vectors = self.core.embed(reference, captions, target)
         if pull is None:
             return self.lose(vectors, gallery, positions)
-        return sum((vector * part).sum() for vector, part in zip(vectors, pull) if part is not None)
+        parts = [(vector * part).sum() for vector, part in zip(vectors, pull) if part is not None]
+        return torch.stack(parts).sum()
 
     def lose(
         self,
-        vectors: tuple,  # of this process
+        vectors: Vectors,  # of this process
         gallery: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> Losses:
@@ -105,7 +110,8 @@ class AcrossProcesses(nn.Module):
         if count_processes() > 1:
             vectors = gather_vectors(vectors)
             if positions is not None:
-                positions = GatherWithGradient.apply(positions[None])[0]
+                gathered: Any = GatherWithGradient.apply(positions[None])
+                positions = gathered[0]
         return self.core.lose(self.core.compare(vectors, gallery, positions))
 
 # %% ../../nbs/library/processes.ipynb #bef1ca72
@@ -147,7 +153,8 @@ def largest(
     "The largest number that any process has."
     if accelerator.num_processes == 1:
         return number
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(numbers.max())
 
 # %% ../../nbs/library/processes.ipynb #e004014d
 class PadCaptions(Callback):
@@ -165,7 +172,7 @@ class ProcessShare:
 
     def __init__(
         self,
-        dataset: Dataset,  # CIRR or FashionIQ
+        dataset: Triplets,  # CIRR or FashionIQ
         process: int,  # number of this process
         processes: int,
     ):
@@ -173,8 +180,9 @@ class ProcessShare:
         self.positions = torch.arange(process, len(dataset.pictures), processes)  # of its pictures
         self.queries = (dataset.references % processes == process).nonzero()[:, 0]  # numbers of its queries
         self.references = dataset.references[self.queries] // processes  # positions among its own pictures
-        cached = getattr(dataset, "target_pictures", None)
-        pictures = dataset.pictures if cached is None else dataset.pictures.tokens
+        pictures: Any = dataset.pictures
+        if dataset.target_pictures is not None:
+            pictures = pictures.tokens
         self.pictures = self.gallery = Subset(pictures, self.positions.tolist())
         self.require_pictures = dataset.require_pictures
 
@@ -201,7 +209,7 @@ def collect_rows(
 
 def embed_together(
     model: CaLa,
-    dataset: Dataset,  # CIRR or FashionIQ
+    dataset: Triplets,  # CIRR or FashionIQ
     accelerator: Accelerator,
     **options: Any,  # of `embed`
 ) -> Embedded:
@@ -209,12 +217,12 @@ def embed_together(
     process, processes = accelerator.process_index, accelerator.num_processes
     if len((dataset.references % processes).unique()) < processes:  # a process would have no query
         return embed(model, dataset, **options)
-    share = ProcessShare(dataset, process, processes)
-    gallery, reference, text = embed(model, share, **options)
+    share: Any = ProcessShare(dataset, process, processes)
+    part = embed(model, share, **options)
     return Embedded(
-        collect_rows(share.positions, gallery, len(dataset.pictures), accelerator),
-        collect_rows(share.queries, reference, len(dataset), accelerator),
-        collect_rows(share.queries, text, len(dataset), accelerator),
+        collect_rows(share.positions, part.gallery, len(dataset.pictures), accelerator),
+        collect_rows(share.queries, part.reference, len(dataset), accelerator),
+        collect_rows(share.queries, part.text, len(dataset), accelerator),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,8 @@ class TrunkOnce(Callback):
     order = 10
 
     def before_batch(self, learner: Learner):
-        batch, data, device = learner.batch, learner.data, learner.accelerator.device
+        data: Any = learner.data
+        batch, device = learner.batch, learner.accelerator.device
         if isinstance(batch.target, Embedding) or batch.reference.ndim == 3:
             return
         first, back = find_first(torch.cat([data.references[batch.index], data.targets[batch.index]]))

@@ -69,7 +69,7 @@ def check_world_folder(
 def write_json(
     path: Path,  # its folder is made if need be
     content: Any,  # lists, dicts, texts and numbers
-    indent: int = None,  # None: everything on one line
+    indent: int | None = None,  # None: everything on one line
 ):
     "Write a file of JSON."
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,8 @@ def random_garment(
     category: str,  # dress, shirt or toptee
 ) -> Garment:
     "A random garment of a category."
-    style = [rng.choice(values) for values in STYLES.values()]
-    return Garment(category, *style, rng.choice(DETAILS[category]))
+    style = {field: rng.choice(values) for field, values in STYLES.items()}
+    return Garment(category, **style, detail=rng.choice(DETAILS[category]))
 
 
 def restyled(
@@ -206,7 +206,7 @@ def _outline(mask):
     "A dark line inside the edge of a mask, on transparent ground."
     line = Image.new("RGBA", mask.size, _RIM)
     edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3)))
-    line.putalpha(edge.point(lambda value: value * 2 // 3))
+    line.putalpha(edge.point([value * 2 // 3 for value in range(256)]))
     return line
 
 
@@ -245,78 +245,40 @@ def _add_article(words):
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _say_colour(old, new):
-    return [f"is {new}", f"is {new} in colour", f"comes in {new}", f"has {_add_article(new)} colour"]
-
-
-def _say_pattern(old, new):
-    old_motif, new_motif = _MOTIFS.get(old), _MOTIFS.get(new)
-    if new == "plain":
-        return ["is plain", "has no pattern", f"has no {old_motif}", f"is plain without {old_motif}"]
-    last = f"has {new_motif} instead of {old_motif}" if old_motif else f"has {new_motif} on it"
-    return [f"is {new}", f"has {new_motif}", f"has a {new} pattern", last]
-
-
-def _say_sleeve(old, new):
-    if new == "sleeveless":
+def _ways_to_say(field, old, new):
+    "Sentences without a subject that say how an attribute has changed."
+    if field == "colour":
+        return [f"is {new}", f"is {new} in colour", f"comes in {new}", f"has {_add_article(new)} colour"]
+    if field == "pattern" and new == "plain":
+        return ["is plain", "has no pattern", f"has no {_MOTIFS[old]}", f"is plain without {_MOTIFS[old]}"]
+    if field == "pattern":
+        last = f"has {_MOTIFS[new]} on it" if old == "plain" else f"has {_MOTIFS[new]} instead of {_MOTIFS[old]}"
+        return [f"is {new}", f"has {_MOTIFS[new]}", f"has a {new} pattern", last]
+    if field == "sleeve" and new == "sleeveless":
         return ["is sleeveless", "has no sleeves", "is without sleeves", "has bare arms"]
-    sentences = [
-        f"has {new} sleeves",
-        f"is {new} sleeved",
-        f"comes with {new} sleeves",
-        f"has sleeves that are {new}",
-    ]
-    if old != "sleeveless":  # between short and long
-        sentences += [f"has {new}er sleeves"] * 3
-    return sentences
-
-
-def _say_length(old, new):
-    sentences = [f"is {new} in length", f"has a {new} length", f"is of {new} length", f"has a {new} cut"]
-    if old == "medium":
-        sentences += [f"is {new}er"] * 3
-    return sentences
-
-
-def _say_neck(old, new):
-    if new == "collar":
+    if field == "sleeve":
+        longer = [] if old == "sleeveless" else [f"has {new}er sleeves"] * 3
+        sentences = [f"has {new} sleeves", f"is {new} sleeved", f"comes with {new} sleeves"]
+        return [*sentences, f"has sleeves that are {new}", *longer]
+    if field == "length":
+        longer = [f"is {new}er"] * 3 if old == "medium" else []
+        return [f"is {new} in length", f"has a {new} length", f"is of {new} length", f"has a {new} cut", *longer]
+    if field == "neck" and new == "collar":
         return ["has a collar", "is collared", "comes with a collar", "has a collar at the neck"]
-    return [f"has a {new} neck", f"has a {new} neckline", f"comes with a {new} neck", f"has a {new} neck opening"]
-
-
-def _say_detail(old, new):
-    old_extra, new_extra = _EXTRAS.get(old, ""), _EXTRAS.get(new)
-    bare = old_extra.removeprefix("a ")
+    if field == "neck":
+        return [f"has a {new} neck", f"has a {new} neckline", f"comes with a {new} neck", f"has a {new} neck opening"]
+    extra, bare = _EXTRAS.get(new), _EXTRAS.get(old, "").removeprefix("a ")
     if new == "none":
-        return [f"has no {bare}", f"is without the {bare}", f"has the {bare} removed", f"does not have {old_extra}"]
+        return [f"has no {bare}", f"is without the {bare}", f"has the {bare} removed", f"does not have {_EXTRAS[old]}"]
     if old == "none":
-        return [
-            f"has {new_extra}",
-            f"comes with {new_extra}",
-            f"has {new_extra} added",
-            f"is the same but with {new_extra}",
-        ]
-    return [
-        f"has {new_extra} instead of {old_extra}",
-        f"has {new_extra} and no {bare}",
-        f"has {new_extra} in place of the {bare}",
-        f"comes with {new_extra} but no {bare}",
-    ]
-
-
-_SAY = dict(
-    colour=_say_colour,
-    pattern=_say_pattern,
-    sleeve=_say_sleeve,
-    length=_say_length,
-    neck=_say_neck,
-    detail=_say_detail,
-)
+        return [f"has {extra}", f"comes with {extra}", f"has {extra} added", f"is the same but with {extra}"]
+    ways = [f"has {extra} instead of {_EXTRAS[old]}", f"has {extra} and no {bare}"]
+    return [*ways, f"has {extra} in place of the {bare}", f"comes with {extra} but no {bare}"]
 
 
 def _say_changes(fields, reference, target, rng):
     "One sentence about some attributes, without its subject."
-    parts = [rng.choice(_SAY[field](getattr(reference, field), getattr(target, field))) for field in fields]
+    parts = [rng.choice(_ways_to_say(field, getattr(reference, field), getattr(target, field))) for field in fields]
     sentence = parts[0]
     for part in parts[1:]:
         if part.startswith("has ") and " with " not in sentence:

@@ -137,6 +137,13 @@ class Edit(NamedTuple):
     before: Thing | None  # None for an added thing
     after: Thing | None  # None for a removed thing
 
+    @property
+    def thing(self) -> Thing:
+        "The thing after the edit, or what was removed."
+        thing = self.after or self.before
+        assert thing is not None
+        return thing
+
 
 def difference(
     reference: tuple[Thing, ...],  # a scene
@@ -292,7 +299,7 @@ def say_edit(
     rng: Random,
 ) -> str:
     "A modification text that leads from a scene by an edit to one scene and no other."
-    thing = edit.after or edit.before
+    thing = edit.thing
     words = dict(thing._asdict(), place=PLACES[thing.cell], new=f"a {thing.size} {thing.colour} {thing.shape}")
     words["larger"] = rng.choice(("larger", "bigger")) if thing.size == "large" else "smaller"
     words["it"] = name_thing(edit.before, scene, rng) if edit.before else ""
@@ -326,7 +333,8 @@ def scene_captions(
 # %% ../../../nbs/library/worlds/scenes.ipynb #e9da26ce
 def _list_edits(path):
     "The edits that lead along some scenes, each with the scene before it."
-    return [(difference(before, after), before) for before, after in zip(path, path[1:])]
+    edits = [(difference(before, after), before) for before, after in zip(path, path[1:])]
+    return [(edit, scene) for edit, scene in edits if edit is not None]
 
 
 def _make_row(pair_id, group_id, group, names, path, reference, target, rng):
