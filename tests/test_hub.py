@@ -25,7 +25,7 @@ METRICS = dict(
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    "A checkpoint with a recipe that names folders of this machine, and a file beside it."
+    "A checkpoint with a recipe that names folders of this machine, and a further file."
     recipe = Recipe(encoder_arch="tiny", data_root=str(tmp_path / "secret"), output=str(tmp_path / "secret"), seed=3)
     save_checkpoint(tiny(), tmp_path / "last", recipe_to_save(recipe), METRICS, {"state.pt": b"state"})
     return tmp_path / "last"

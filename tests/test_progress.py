@@ -93,11 +93,11 @@ def test_a_terminal_gets_one_bar_that_is_redrawn_in_place():
 
     code = "import time; from cala import progress as p; p.BAR_DELAY = 0.1\n"
     code += "for _ in p.show_progress(range(8), 'stage 1', unit='steps'): time.sleep(0.1)"
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
-    os.close(theirs)
-    text = os.read(ours, 100_000).decode()
-    os.close(ours)
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run([sys.executable, "-c", code], stderr=terminal, check=True)
+    os.close(terminal)
+    text = os.read(screen, 100_000).decode()
+    os.close(screen)
     states = [state for state in text.split("\r") if "stage 1" in state]
     assert len(states) > 3 and "8/8" in states[-1] and text.count("\n") <= 1
