@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CalaError
 from .files import write_atomically
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 REPORT = Path(__file__).parents[1] / "demo_report.ipynb"  # a copy of nbs/tutorials/demo_report.ipynb
 # nbconvert's page without the scripts that it would fetch from the network.
@@ -17,7 +21,7 @@ TEMPLATE = """{% extends 'lab/index.html.j2' %}
 
 
 def render_page(
-    notebook: dict,  # of nbformat, executed
+    notebook: "NotebookNode",  # executed
 ) -> str:
     "The notebook as one page of HTML, which needs no network: equations are MathML, which browsers show by themselves."
     from latex2mathml.converter import convert
