@@ -226,7 +226,8 @@ def read_json(
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, json.JSONDecodeError) and error.lineno == 2 and text[error.pos :].startswith("{"):
             raise CalaError(f"{path} holds one JSON object a line; it must hold one JSON {wanted}") from None
-        raise CalaError(f"{path} cannot be read as JSON ({error}); download it again") from None
+        advice = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "download it again"
+        raise CalaError(f"{path} cannot be read as JSON ({error}); {advice}") from None
     if not isinstance(content, kind) or not content:
         raise CalaError(f"{path} must hold a JSON {wanted} that is not empty, but holds {describe_shape(content)}")
     return content

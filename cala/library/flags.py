@@ -196,8 +196,21 @@ class Ablation:
         check_least(self, dict(seeds=1))
         if self.workers is not None:
             check_least(self, dict(workers=1))
-        if self.compare and not Path(self.compare).is_file():
-            raise CalaError(f"--compare {self.compare}: no such file")
+        if self.compare:
+            check_rows_file(self.compare)
+
+
+def check_rows_file(
+    path: str,  # of --compare
+):
+    "Raise `CalaError` unless the file is a rows.csv of an ablation; only its first line is read."
+    if not Path(path).is_file():
+        raise CalaError(f"--compare {path}: no such file")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        columns = file.readline().strip().split(",")
+    missing = [name for name in ("setting", "world", "seed", "arm", "kept_mean") if name not in columns]
+    if missing:
+        raise CalaError(f"--compare {path} has no column {missing[0]}; give a rows.csv that cala-ablation wrote")
 
 
 def split_choices(

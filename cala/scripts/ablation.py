@@ -6,7 +6,10 @@
 __all__ = ['main']
 
 # %% ../../nbs/commands/ablation.ipynb #5d309f9a
+from pathlib import Path
+
 from ..library.cli import command
+from ..library.files import check_output_folder
 from ..library.files import lock_folder
 from ..library.flags import Ablation
 
@@ -23,6 +26,8 @@ def main(
     from cala.library.ablation import describe_agreement
     from cala.library.ablation import run_ablation
 
+    if not (Path(ablation.output) / "rows").is_dir():
+        check_output_folder(ablation.output, advice="no ablation made it; choose another --output")
     with lock_folder(ablation.output):
         rows = run_ablation(ablation)
     for against in ("QTM at scale 100", "QTM at scale 6"):
