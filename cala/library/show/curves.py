@@ -156,7 +156,8 @@ def loss_curves(
     panels = _plan_panels({name: read_log(log) for name, log in named.items()})
     if not panels:
         raise CalaError("nothing to draw: the log has no numbers under loss, qtm, tbia, ctr, learning_rate or a recall")
-    wide, high = min(PANELS_A_ROW, len(panels)), math.ceil(len(panels) / PANELS_A_ROW)
+    high = math.ceil(len(panels) / PANELS_A_ROW)
+    wide = math.ceil(len(panels) / high)
     name_rows = max(math.ceil(len(lines) / _count_name_columns(lines)) for lines in panels.values())
     page = Page(figsize=(2.5 * wide, (2 + 0.17 * name_rows) * high), layout="constrained")
     for n, (title, lines) in enumerate(panels.items()):
