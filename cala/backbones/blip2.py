@@ -342,11 +342,33 @@ class Published(NamedTuple):
 
 
 PUBLISHED = dict(
-    pretrain_vitL=Published("blip2_pretrained_vitL.pth", "clip_vit_L.pth", None, clip_tower, 1024, 224, True),
-    pretrain=Published(
-        "blip2_pretrained.pth", "eva_vit_g.pth", "Salesforce/blip2-itm-vit-g", eva_tower, 1408, 224, True
+    pretrain_vitL=Published(
+        qformer="blip2_pretrained_vitL.pth",
+        trunk="clip_vit_L.pth",
+        hub=None,
+        make_tower=clip_tower,
+        width=1024,
+        size=224,
+        rounded=True,
     ),
-    coco=Published("blip2_finetune_coco.pth", None, "Salesforce/blip2-itm-vit-g-coco", eva_tower, 1408, 364, False),
+    pretrain=Published(
+        qformer="blip2_pretrained.pth",
+        trunk="eva_vit_g.pth",
+        hub="Salesforce/blip2-itm-vit-g",
+        make_tower=eva_tower,
+        width=1408,
+        size=224,
+        rounded=True,
+    ),
+    coco=Published(
+        qformer="blip2_finetune_coco.pth",
+        trunk=None,
+        hub="Salesforce/blip2-itm-vit-g-coco",
+        make_tower=eva_tower,
+        width=1408,
+        size=364,
+        rounded=False,
+    ),
 )
 
 
