@@ -1,4 +1,4 @@
-"""The steps of cala-demo: draw a world, train a backbone, train twice on triplets, evaluate."""
+"""The steps of cala-demo: draw a world, train a backbone, train on triplets with several objectives, evaluate."""
 
 import json
 import os
@@ -7,14 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from threading import Event
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -27,9 +20,15 @@ from ..encoders import pretrain
 from ..encoders import read_vocabulary
 from ..encoders import save_backbone
 from ..errors import CalaError
+from ..model import CaLa
+from ..rerank import Reranker
+from ..rerank import best_weight
+from ..rerank import evaluate_again
+from ..rerank import sweep_weights
 from ..retrieval import Result
 from ..retrieval import embed
 from ..retrieval import measure
+from .cache import cache_tokens
 from .checkpoint import load_checkpoint
 from .files import check_output_folder
 from .files import make_output_folder
@@ -46,11 +45,22 @@ if TYPE_CHECKING:
     from ..scripts.demo import Demo
 
 MARK = "made by cala-demo"
-RUNS = {"qtm": "QTM alone", "cala": "CaLa"}  # folder -> row of the table
-QUIET_SECONDS = 20  # between two lines of progress in a log
-
-
-# Progress
+RUNS = {  # folder of a run -> its row of the table
+    "qtm100": "QTM at scale 100",
+    "qtm": "QTM",
+    "paper": "CaLa (paper)",
+    "cala": "CaLa (ours)",
+}
+RANKED_AGAIN = "CaLa (ours), ranked again"
+ROWS = ("chance", "image only", "text only", *RUNS.values(), RANKED_AGAIN)
+MAIN_RUNS = ("cala", "qtm")  # what is trained by default; the longest first
+RUN_FLAGS = {
+    "qtm100": {"--recipe": "cala", "--beta": 0, "--qtm-scale": 100},
+    "qtm": {"--recipe": "cala", "--beta": 0},
+    "paper": {"--recipe": "paper"},
+    "cala": {"--recipe": "cala"},
+}
+OTHER_WORLD = 1000  # added to the seed: a world on which the weight of ranking again is chosen
 
 
 class Clock:
@@ -59,53 +69,12 @@ class Clock:
     def __init__(self):
         self.start = time.time()
 
-    def say(
+    def print(
         self,
         text: str,
     ):
         "Print one line."
         print(f"[{time.time() - self.start:4.0f} s] {text}", flush=True)
-
-    @contextmanager
-    def report(
-        self,
-        title: str,  # of the work
-        count_steps: Callable[[], int],  # how many steps are done
-        steps: int,  # of the whole work
-    ) -> Iterator[None]:
-        "Print a line of progress now and then, unless standard error is a terminal, where bars are drawn instead."
-        if sys.stderr.isatty():
-            yield
-            return
-        start, finished = time.time(), Event()
-
-        def print_lines():
-            while not finished.wait(QUIET_SECONDS):
-                done = count_steps()
-                left = (time.time() - start) * (steps / done - 1) if done else 0
-                estimate = f", about {left:.0f} s left" if done else ""
-                self.say(f"{title}: {done} of {steps} steps{estimate}")
-
-        thread = Thread(target=print_lines, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            finished.set()
-            thread.join()
-
-
-class CountedPictures(CaptionedPictures):
-    "Captioned pictures that count how often one of them was read."
-
-    count = 0
-
-    def __getitem__(self, position):
-        self.count += 1
-        return super().__getitem__(position)
-
-
-# The steps
 
 
 def prepare_folder(
@@ -123,17 +92,27 @@ def prepare_folder(
 def draw_world(
     demo: "Demo",
 ) -> Path:  # for --data-root of cala-train
-    "Draw the world, unless it is there."
+    "Draw the world to train and to evaluate on, unless it is there."
     root = prepare_folder(demo) / "data"
     if demo.world == "cirr":
         return draw_cirr(root, train=demo.size, val=167, test1=20, seed=demo.seed)
     return draw_fashioniq(root, train=demo.size, val=350, test=50, seed=demo.seed)
 
 
+def draw_other_world(
+    demo: "Demo",
+) -> Path:
+    "Draw a small world with another seed, unless it is there: validation only, to choose a number on."
+    root = prepare_folder(demo) / "other_data"
+    seed = demo.seed + OTHER_WORLD
+    if demo.world == "cirr":
+        return draw_cirr(root, train=0, val=100, test1=0, seed=seed)
+    return draw_fashioniq(root, train=0, val=200, test=0, seed=seed)
+
+
 def train_backbone(
     demo: "Demo",
     root: Path,  # of the drawn world
-    clock: Clock = None,
 ) -> Path:  # backbone.safetensors
     "Stage 1: image-text contrast on the captioned training pictures; nothing is done if the file is there."
     path = prepare_folder(demo) / "backbone.safetensors"
@@ -146,23 +125,29 @@ def train_backbone(
     vocabulary = read_vocabulary(sum(captions.values(), texts))
     backbone = make_backbone("tiny", vocabulary=vocabulary, width=demo.width, seed=demo.seed)
     data, captions = captioned_split(demo.world, root, backbone.transform())
-    pictures = CountedPictures(data.gallery, captions)
-    with (clock or Clock()).report("stage 1", lambda: pictures.count // demo.batch_size, demo.stage1_steps):
-        losses = pretrain(
-            backbone,
-            pictures,
-            demo.stage1_steps,
-            demo.batch_size,
-            demo.stage1_rate,
-            neighbours=3 if demo.world == "cirr" else 1,
-            seed=demo.seed,
-            progress=sys.stderr.isatty(),
-        )
+    losses = pretrain(
+        backbone,
+        CaptionedPictures(data.gallery, captions),
+        demo.stage1_steps,
+        demo.batch_size,
+        demo.stage1_rate,
+        neighbours=3 if demo.world == "cirr" else 1,
+        seed=demo.seed,
+    )
     log = pd.DataFrame(dict(step=range(1, len(losses) + 1), loss=losses))
     log.to_csv(path.with_name("stage1.csv"), index=False)
     save_backbone(backbone, path)
+    if demo.cache != "off":  # the pictures are still in memory, so the runs need not decode them again
+        cache_tokens(backbone.trunk, data.gallery, path.with_name("tokens"))
     note_made(path, settings)
     return path
+
+
+def list_runs(
+    demo: "Demo",
+) -> tuple[str, ...]:  # names of `RUNS`
+    "The runs that the table shows, in the order in which they are trained."
+    return MAIN_RUNS if demo.rows == "main" else tuple(dict.fromkeys([*MAIN_RUNS, *RUNS]))
 
 
 def write_commands(
@@ -170,7 +155,7 @@ def write_commands(
     root: Path,  # of the drawn world
     weights: Path,  # of the backbone after stage 1
 ) -> dict[str, list[str]]:  # name of the run -> words after cala-train
-    "The two trainings of stage 2, which differ in the weights of the associations and in nothing else."
+    "The trainings of stage 2, which differ in the flags of `RUN_FLAGS` and in nothing else."
     folder = prepare_folder(demo)
     flags = {
         "--dataset": NAMES[demo.world],
@@ -186,13 +171,10 @@ def write_commands(
         "--seed": demo.seed,
         "--cache": demo.cache,
         "--cache-dir": folder / "tokens",
-        "--recipe": demo.recipe,
     }
-    no_associations = {"--hca-weight": 0, "--tac-weight": 0, "--alpha": 0, "--beta": 0}
     commands = {}
-    for name in RUNS:
-        own_flags = {"--output": folder / name, "--experiment-name": name}
-        run_flags = flags | (no_associations if name == "qtm" else {}) | own_flags
+    for name in list_runs(demo):
+        run_flags = flags | RUN_FLAGS[name] | {"--output": folder / name, "--experiment-name": name}
         commands[name] = [str(word) for item in run_flags.items() for word in item]
     return commands
 
@@ -202,76 +184,82 @@ def start_run(
     words: list[str],  # after cala-train
     position: int = 0,  # on which line of a terminal its bar is drawn
 ) -> subprocess.Popen:
-    "Start one training as a process of its own; its errors appear on standard error."
+    "Start one training as a process of its own; its progress and its errors appear on standard error."
     environment = {**os.environ, "OMP_NUM_THREADS": str(demo.threads), "TQDM_POSITION": str(position)}
     command = [sys.executable, "-m", "cala.scripts.train", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
-def wait_for_runs(
+def wait_for_run(
     processes: dict[str, subprocess.Popen],  # name of the run -> its process
-):
-    "Wait until all have ended; if one fails, the others are stopped and a `CalaError` is raised."
-    try:
+) -> str:  # name
+    "Wait until one of the runs has ended; `CalaError` if it failed."
+    while True:
         for name, process in processes.items():
-            if process.wait() != 0:
-                message = "its message is above"
-                raise CalaError(f"the {name} run failed with status {process.returncode}; {message}")
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()
-
-
-def count_logged_steps(
-    folders: list[Path],  # of runs
-) -> int:
-    "How many steps the runs have written into their logs so far; they write them after every epoch."
-    count = 0
-    for folder in folders:
-        with suppress(OSError):  # no epoch is finished
-            count += len((folder / "log.csv").read_text().splitlines()) - 1
-    return count
+            status = process.poll()
+            if status:
+                raise CalaError(f"the {name} run failed with status {status}; its message is above")
+            if status == 0:
+                return name
+        time.sleep(0.1)
 
 
 def train_runs(
     demo: "Demo",
     commands: dict[str, list[str]],  # from `write_commands`
-    steps: int,  # of each run
-    clock: Clock = None,
 ):
-    "Stage 2: train the runs that are not there, or that began from another backbone."
-    folder, clock = prepare_folder(demo), clock or Clock()
+    "Stage 2: train the runs that are not there, or that began from another backbone; as many at once as cores allow."
+    folder = prepare_folder(demo)
     stage1 = json.loads((folder / "backbone.safetensors.made.json").read_text())
     settings = {name: dict(words=words, stage1=stage1) for name, words in commands.items()}
-    todo = [name for name in commands if not made_with(folder / name, settings[name])]
-    for name in todo:
+    waiting = [name for name in commands if not made_with(folder / name, settings[name])]
+    at_once = max(1, (os.cpu_count() or 1) // demo.threads)
+    for name in waiting:
         print(f"cala-train {shlex.join(commands[name])}", flush=True)
         shutil.rmtree(folder / name, ignore_errors=True)
-    together = (os.cpu_count() or 1) >= len(todo) * demo.threads
-    for names in [todo] if together else [[name] for name in todo]:
-        count = partial(count_logged_steps, [folder / name for name in names])
-        with clock.report(" and ".join(names), count, steps * len(names)):
-            wait_for_runs({name: start_run(demo, commands[name], position) for position, name in enumerate(names)})
-    for name in todo:
-        note_made(folder / name, settings[name])
+    running = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = waiting.pop(0)
+                running[name] = start_run(demo, commands[name], list(commands).index(name))
+            name = wait_for_run(running)
+            del running[name]
+            note_made(folder / name, settings[name])
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def choose_weight(
+    demo: "Demo",
+    model: CaLa,  # of the run cala
+) -> float:
+    "The weight of CTR with which candidates are ranked again, chosen on another world; writes weights.csv."
+    data = open_dataset(NAMES[demo.world], draw_other_world(demo), "val", model.backbone.transform())
+    sweep = sweep_weights(model, data, batch_size=256)
+    sweep.to_csv(prepare_folder(demo) / "cala" / "weights.csv", index=False)
+    return best_weight(sweep)
 
 
 def evaluate_runs(
     demo: "Demo",
     root: Path,  # of the drawn world
 ) -> dict[str, Result]:  # row of the table -> its recalls
-    "Three baselines, with the encoders of the QTM run, and both runs after their last epoch, on the validation split."
+    "Three baselines, with the encoders of the QTM run, and all runs after their last epoch, on the validation split."
     results = {}
-    for name, row in RUNS.items():
+    for name in list_runs(demo):
         model = load_checkpoint(prepare_folder(demo) / name / "last")
         data = open_dataset(NAMES[demo.world], root, "val", model.backbone.transform())
-        embedded = embed(model, data, batch_size=256, progress=sys.stderr.isatty())
+        embedded = embed(model, data, batch_size=256, pairs=name == "cala")
         if name == "qtm":
-            results = measure_rows(model.frame, embedded, data, row)
+            results |= measure_rows(model.frame, embedded, data, RUNS[name])
         else:
-            results[row] = measure(model.frame, embedded, data)
-    return results
+            results[RUNS[name]] = measure(model.frame, embedded, data)
+        if name == "cala":
+            reranker = Reranker(model, weight=choose_weight(demo, model))
+            results[RANKED_AGAIN] = evaluate_again(reranker, data, [embedded])
+    return {row: results[row] for row in ROWS if row in results}
 
 
 def make_table(
@@ -289,8 +277,11 @@ def save_results(
     "Write table.csv, and for each run the rank of every query's target."
     table = make_table(results)
     table.to_csv(folder / "table.csv", index_label="method")
-    for name, row in RUNS.items():
-        results[row].ranks.to_csv(folder / name / "ranks.csv", index=False)
+    files = {row: folder / name / "ranks.csv" for name, row in RUNS.items()}
+    files[RANKED_AGAIN] = folder / "cala" / "ranks_again.csv"
+    for row, file in files.items():
+        if row in results:
+            results[row].ranks.to_csv(file, index=False)
     return table
 
 
@@ -299,23 +290,26 @@ def run_demo(
 ) -> Path:  # the folder: data, runs, table.csv
     "All steps, with a line about each; what is there from an earlier call with the same settings is used again."
     clock, folder = Clock(), prepare_folder(demo)
-    clock.say("1 of 4: draw a world")
-    torch.set_num_threads(demo.threads)
+    all_threads = max(demo.threads, os.cpu_count() or 1)
+    clock.print("1 of 4: draw a world")
     root = draw_world(demo)
     triplets = len(open_dataset(NAMES[demo.world], root, "train"))
     steps = demo.epochs * (triplets // demo.batch_size)
 
-    clock.say(f"2 of 4: stage 1, {demo.stage1_steps} steps: which caption belongs to which picture")
-    torch.set_num_threads(min(2 * demo.threads, os.cpu_count() or 1))  # stage 1 runs alone, stage 2 as two processes
-    weights = train_backbone(demo, root, clock)
+    clock.print(f"2 of 4: stage 1, {demo.stage1_steps} steps: which caption belongs to which picture")
+    torch.set_num_threads(min(2 * demo.threads, all_threads))  # stage 1 runs alone, stage 2 as two processes
+    weights = train_backbone(demo, root)
 
-    clock.say(f"3 of 4: stage 2, {steps} steps each: QTM alone, and CaLa")
-    train_runs(demo, write_commands(demo, root, weights), steps, clock)
+    names = ", ".join(RUNS[name] for name in list_runs(demo))
+    clock.print(f"3 of 4: stage 2, {steps} steps each: {names}")
+    train_runs(demo, write_commands(demo, root, weights))
 
-    clock.say("4 of 4: evaluate both on unseen pictures")
+    clock.print("4 of 4: evaluate on unseen pictures")
     results = evaluate_runs(demo, root)
     table = save_results(folder, results)
-    size = results["CaLa"]
+    again = results[RANKED_AGAIN]
     print(f"\n{table.to_string()}\n")
-    clock.say(f"seed {demo.seed}, {size['queries']} queries, {size['gallery']} pictures; {folder / 'table.csv'}")
+    clock.print(f"seed {demo.seed}, {again['queries']} queries, {again['gallery']} pictures; {folder / 'table.csv'}")
+    candidates, weight = again["rerank"], again["rerank_weight"]
+    print(f"ranked again: the first {candidates} pictures, with weight {weight} of CTR, chosen on another drawn world")
     return folder
