@@ -169,7 +169,7 @@ def _draw_world(folder, record):
     families, ids = _draw_families(folder, record)
     for split, members in families.items():
         rng = Random(f"circo sentences {split} {record['seed']}")
-        rows = [_make_entry(number, *family, ids, rng) for number, family in enumerate(members)]
+        rows = [_make_entry(n, edit, family, ids, rng) for n, (edit, family) in enumerate(members)]
         write_json(folder / f"drawn/answers.{split}.json", {str(row["id"]): row["gt_img_ids"] for row in rows})
         write_json(folder / f"drawn/edits.{split}.json", {str(i): edit.kind for i, (edit, _) in enumerate(members)})
         if split == "test":
