@@ -28,14 +28,17 @@ def read_picture(
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
             image = ImageOps.exif_transpose(opened)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = reduce_to_eight_bits(image)
-        if image.has_transparency_data:
+        is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        if image.has_transparency_data and not is_deep:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if not is_deep:
+            return image.convert("RGB")
+    except MemoryError:  # the picture may be whole
+        raise
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and others
         raise CalaError(f"{path} cannot be decoded ({error}); download it again or remove it") from None
+    return reduce_to_eight_bits(image).convert("RGB")
 
 
 def reduce_to_eight_bits(

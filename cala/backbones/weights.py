@@ -18,6 +18,7 @@ from urllib.request import urlopen
 from urllib.request import urlretrieve
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import CalaError
@@ -238,12 +239,13 @@ def read_torch(
     path: str | Path,  # a file written by `torch.save`
 ) -> Any:  # tensors, numbers and texts in dicts and lists, and nothing else
     "Read a torch file of unknown origin; a file that could execute code is refused with a `CalaError`."
+    misfit = describe_misfit(path)
+    if misfit:
+        raise CalaError(f"{path} {misfit}")
     try:
-        misfit = describe_misfit(path)
-        if not misfit:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the messages below replace it
-                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the messages below replace it
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "GLOBAL numpy" in str(error):
             raise CalaError(
@@ -254,12 +256,13 @@ def read_torch(
             f"{path} is refused: it is not a plain file of weights, and reading it any other way could execute code; "
             "take the published file, or ask its author for a state dict"
         ) from error
-    except Exception as error:  # torch raises many classes for a damaged file
+    except MemoryError:  # the file may be whole
+        raise
+    except Exception as error:  # torch raises many classes for a damaged file; nothing of cala runs in the block
         raise CalaError(
             f"{path} cannot be read as a torch file ({type(error).__name__}); "
             "it may be cut short: delete it and fetch it again"
         ) from error
-    raise CalaError(f"{path} {misfit}")
 
 
 def read_weights(
@@ -278,7 +281,7 @@ def read_weights(
     if Path(path).suffix == ".safetensors" or is_safetensors(path):
         try:
             return load_file(path)
-        except Exception as error:  # safetensors has a class of its own beside those of Python
+        except (SafetensorError, OSError, ValueError) as error:
             raise CalaError(
                 f"{path} cannot be read as safetensors ({type(error).__name__}); "
                 "it may be cut short: delete it and fetch it again"
