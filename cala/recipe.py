@@ -48,6 +48,7 @@ class DataRecipe:
     categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which of them, separated by commas or spaces
     protocol: Literal["original", "val"] = "original"  # FashionIQ validation gallery: original or val
     triplets: int | None = number(None, above=0)  # how many to train on, drawn by the seed; None: all
+    noise_ratio: float = number(0.0, least=0, most=1)  # share of training triplets whose targets are shuffled
     transform: str = "targetpad"  # targetpad, squarepad, plain; clip: the tower's own
     target_ratio: float = number(1.25, least=1)  # target pad: pad only pictures longer than this
     num_workers: int = number(0, least=0)  # processes that decode pictures
@@ -56,6 +57,7 @@ class DataRecipe:
     cache_dir: str | None = None  # where caches are kept; None: .cala_cache beside the data
     cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
     allow_missing: bool = False  # go on although pictures are missing; every result says how many
+    follow_links: bool = False  # read pictures outside the data set's folder, too, if links lead there
 
 
 @dataclass

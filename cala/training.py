@@ -235,7 +235,7 @@ def _frame_options(recipe):
 
 # %% ../nbs/method/10_training.ipynb #8ad91888
 def open_split(
-    recipe: Recipe,  # dataset, data_root, categories, protocol, keep_pictures, seed
+    recipe: Recipe,  # dataset, data_root, categories, protocol, keep_pictures, follow_links, seed
     split: str,  # train or val
     transform: Callable | None = None,  # from a PIL image to a tensor
 ) -> list:  # data sets: one to train on; to validate FashionIQ, one for each category
@@ -251,8 +251,9 @@ def open_split(
             transform,
             categories=part,
             protocol=recipe.protocol,
-            keep=recipe.keep_pictures,
+            keep=recipe.keep_pictures and transform is not None,
             seed=recipe.seed,
+            follow_links=recipe.follow_links,
         )
         for part in parts
     ]

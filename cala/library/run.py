@@ -31,12 +31,15 @@ from torch.utils.data import Subset
 from ..errors import CalaError
 from .cache import cache_folder
 from .cache import use_caches
+from .checkpoint import read_recipe
 from .checkpoint import save_checkpoint
 from .files import check_output_folder
+from .files import find_whole_folder
 from .files import lock_folder
 from .files import make_output_folder
 from .files import write_atomically
 from .gradcache import GradCache
+from .noise import shuffle_targets
 from .processes import AcrossProcesses
 from .processes import PadCaptions
 from .processes import ValidateTogether
@@ -47,6 +50,7 @@ from .processes import report_lost_processes
 from .resume import Resume
 from .resume import StopOnNonFinite
 from .resume import StopOnSignal
+from .resume import check_same_recipe
 from .resume import ignore_interrupts
 from .resume import recipe_to_save
 from .speed import TrunkOnce
@@ -80,7 +84,7 @@ def draw_triplets(
     if count is None:
         return data
     if count > len(data):
-        raise CalaError(f"--triplets {count}: {data.name} {data.split} has {len(data)}")
+        raise CalaError(f"--triplets {count}: {data.name} {data.split} has {len(data)}; give at most as many")
     numbers = sorted(random.Random(f"triplets {seed}").sample(range(len(data)), count))
     data.triplets = [data.triplets[number] for number in numbers]
     data.find_positions()
@@ -106,6 +110,7 @@ def open_data(
     for each in (data, *validation):
         each.require_pictures(allow_missing=recipe.allow_missing)
     draw_triplets(data, recipe.triplets, recipe.seed)
+    shuffle_targets(data, recipe.noise_ratio, recipe.seed)
     use_caches(
         model,
         [data, *validation],
@@ -295,11 +300,15 @@ def notes_before(
     recipe: Recipe,
 ) -> list[str]:
     "What a user should know before the first step."
+    notes = []
+    if recipe.noise_ratio:
+        share = f"{100 * recipe.noise_ratio:g} percent of the training triplets"
+        notes.append(f"note: --noise-ratio {recipe.noise_ratio:g}: the targets of {share} are shuffled")
     idle = count_idle_epochs(recipe)
-    if not idle:
-        return []
-    flags = f"--max-epoch {recipe.max_epoch} and --min-lr 0"
-    return [f"note: {flags}: the last {idle} of {recipe.num_epochs} epochs train nothing"]
+    if idle:
+        flags = f"--max-epoch {recipe.max_epoch} and --min-lr 0"
+        notes.append(f"note: {flags}: the last {idle} of {recipe.num_epochs} epochs train nothing")
+    return notes
 
 
 def notes_after(
@@ -332,10 +341,19 @@ def check_output(
     recipe: Recipe,  # new, or resumed
 ):
     "`CalaError` if a new run would write over something, or a resumed one has nothing to go on with."
-    if recipe.resume and not output.is_dir():
-        raise CalaError(f"--resume {output}: no such folder")
     if not recipe.resume:
         check_output_folder(output, advice=f"choose another --output, or go on with it by --resume {output}")
+        return
+    if not output.is_dir():
+        raise CalaError(f"--resume {output}: no such folder")
+    if recipe.output and Path(recipe.output) != output:
+        raise CalaError(f"--resume {output} goes on in that folder; leave out --output {recipe.output}")
+    if not recipe.save_training:
+        raise CalaError(f"--resume {output} goes on from a saved state; leave out --no-save-training")
+    if (output / "state.pt").is_file():
+        raise CalaError(f"--resume {output} is a checkpoint; give the folder of its run, {output.parent}")
+    if not find_whole_folder(output / "last").is_dir():
+        raise CalaError(f"--resume {output} holds no complete epoch of a run; start anew with another --output")
 
 
 @contextmanager
@@ -361,6 +379,8 @@ def train(
     "Train CaLa as the recipe says; the folder then holds log.csv, metrics.csv, best/ and last/."
     output = run_folder(recipe)
     with report_lost_processes(output), own_folder(recipe):
+        if recipe.resume:  # before data and weights are read
+            check_same_recipe(read_recipe(output / "last", "state.pt")["recipe"], recipe, output / "last")
         learner = make_learner(recipe, watch, progress)
         make_output_folder(output)
         for line in notes_before(recipe):
