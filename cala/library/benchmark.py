@@ -133,8 +133,9 @@ def measure_limits(
     device: torch.device,
 ) -> Limits:
     "Time a square matrix product and a copy."
-    is_large = device.type != "cpu" and bench.size == "full"
-    side, count = (8192, 2**28) if is_large else (2048, 2**24)
+    side, count = (8192, 2**28) if device.type != "cpu" else (2048, 2**25)
+    if bench.size != "full":
+        side, count = 1024, 2**22
     speeds = {}
     for dtype in {torch.float32, torch.bfloat16 if bench.precision == "bf16" else torch.float32}:
         a = torch.randn(side, side, device=device, dtype=dtype)
