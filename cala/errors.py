@@ -1,5 +1,16 @@
-"""The one error that cala raises when the cause lies with the user's input or machine, and not in a bug."""
+"""The one error that cala raises when the cause lies with the user's input or machine, and not in a bug.
+
+Its messages count things, in the singular or in the plural."""
 
 
 class CalaError(Exception):
     "What is wrong, where, and what to do, in one line."
+
+
+def count_things(
+    count: int,
+    singular: str,
+    plural: str,
+) -> str:
+    "A number with its noun: 1 query, 2,297 queries."
+    return f"{count:,} {singular if count == 1 else plural}"

@@ -230,7 +230,7 @@ def test_a_changed_picture_is_noticed_and_only_it_is_computed_again(gallery, tmp
     folder = tmp_path / "cache"
     cache_tokens(Trunk(), gallery, folder)
     gallery.paths[7].write_bytes(gallery.paths[8].read_bytes())
-    with pytest.raises(CalaError, match="1 pictures have changed since their tokens were made, the first is .*007.png"):
+    with pytest.raises(CalaError, match="1 picture has changed since the tokens were made, the first is .*007.png"):
         open_tokens(Trunk(), gallery, folder)
     cache = cache_tokens(Trunk(), gallery, folder)
     assert "; 1 to do" in caplog.messages[-1]
@@ -256,7 +256,7 @@ def test_a_change_that_keeps_time_and_size_is_noticed_by_a_thorough_check(galler
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     open_tokens(Trunk(), gallery, tmp_path / "cache")
-    with pytest.raises(CalaError, match="1 pictures have changed"):
+    with pytest.raises(CalaError, match="1 picture has changed"):
         open_tokens(Trunk(), gallery, tmp_path / "cache", thorough=True)
 
 

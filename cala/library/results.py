@@ -11,6 +11,7 @@ import torch
 
 from .. import __version__
 from ..data import Triplets
+from ..errors import count_things as count_things
 from ..model import CaLa
 from ..retrieval import Embedded
 from ..retrieval import Result
@@ -80,15 +81,6 @@ def baseline_table(
     return pd.DataFrame(rows).T
 
 
-def count_things(
-    count: int,
-    singular: str,
-    plural: str,
-) -> str:
-    "A number with its noun: 1 query, 2,297 queries."
-    return f"{count:,} {singular if count == 1 else plural}"
-
-
 def describe_result(
     result: Result,
 ) -> str:
@@ -96,6 +88,8 @@ def describe_result(
     sizes = [f"{key.removesuffix('_gallery')} {result[key]:,}" for key in result if key.endswith("_gallery")]
     gallery = ", ".join(sizes) or f"{result['gallery']:,}"
     protocol = f"protocol {result['protocol']}" if result["dataset"] == "FashionIQ" else result["protocol"]
+    if result.get("gallery_of") == "all":
+        gallery += " (of all splits)"
     parts = [
         f"{result['dataset']} {result['split']}, {protocol}",
         f"gallery {gallery}",
@@ -103,6 +97,10 @@ def describe_result(
     ]
     if "text" in result:
         parts.append(f"text: {result['text']}")
+    if result.get("text_form", "both") != "both":
+        parts.append(f"text form {result['text_form']}")
+    if result.get("follow_links"):
+        parts.append("links out of the folder are followed")
     if result["missing"]:
         parts.append(count_things(result["missing"], "picture missing", "pictures missing"))
     if result.get("ties"):

@@ -15,6 +15,7 @@ from ..annotations import Triplet
 from ..data import CIRR
 from ..data import Triplets
 from ..errors import CalaError
+from ..errors import count_things
 from ..retrieval import Embedded
 from .files import write_atomically
 from .gallery import Top
@@ -181,6 +182,6 @@ def count_faults(
             pairs_of.setdefault(fault, []).append(pair)
     lines = []
     for fault, pairs in pairs_of.items():
-        count = f"{len(pairs)} {'query' if len(pairs) == 1 else 'queries'}"
+        count = count_things(len(pairs), "query", "queries")
         lines.append(f"{fault} ({count}, the first is {pairs[0]})")
     return lines

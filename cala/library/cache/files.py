@@ -24,6 +24,7 @@ from torch import nn
 
 from ...data import Gallery
 from ...errors import CalaError
+from ...errors import count_things
 from ..files import FileMark
 from ..files import fingerprint_bytes
 from ..files import fingerprint_tensors
@@ -243,7 +244,8 @@ def find_cache(
     unfinished = unfinished_rows(gallery, finished, thorough)
     changed = [gallery.paths[row] for row in unfinished if row in finished]
     if changed:
-        text = f"{len(changed):,} pictures have changed since their tokens were made, the first is {changed[0]}"
+        count = count_things(len(changed), "picture has", "pictures have")
+        text = f"{count} changed since the tokens were made, the first is {changed[0]}"
         raise CalaError(f"{text}; build them again with cala-cache")
     if unfinished:
         text = f"{place} is not finished, {len(unfinished):,} of {len(gallery):,} pictures are to do"
