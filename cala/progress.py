@@ -25,6 +25,7 @@ class LogLines(TextBar):
     "Counts as tqdm does, and writes lines instead of redrawing a bar."
 
     monitor_interval = 0  # no thread that redraws slow bars
+    disable = True  # until the constructor is through; Ctrl-C may stop it
 
     def __init__(
         self,

@@ -374,7 +374,8 @@ def test_every_flag_that_is_a_list_takes_commas_and_blanks():
 
 RELEASED = """--dataset=CIRR --num_epochs=1 --batch_size 16 --max-epoch 15 --min_lr 0 --learning_rate=5e-6
     --transform targetpad --target_ratio 1.25 --save_training --save-best --validation_frequency=1 --encoder both
-    --encoder_arch blip2 --cir_frame=sum --tac_weight 0.45 --hca-weight=0.1 --embeds_dim 768 --model-name None --experiment_name=first"""
+    --encoder_arch blip2 --cir_frame=sum --tac_weight 0.45 --hca-weight=0.1 --embeds_dim 768 --model-name None
+    --experiment_name=first"""
 
 
 def test_the_flags_of_the_released_program_are_read_with_every_spelling():
