@@ -138,7 +138,7 @@ def load_checkpoint(
     config = refuse_foreign_code(recipe["backbone"], folder) | backbone_options
     try:
         model = CaLa(make_backbone(**config), **recipe["model"])
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         message = f"{folder} does not fit its recipe ({reason}); it may be of another version of cala"
         raise CalaError(message) from error
