@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..errors import CalaError
+from ..errors import count_things
 from .checkpoint import load_weights
 from .checkpoint import read_recipe
 from .checkpoint import save_checkpoint
@@ -189,7 +190,7 @@ class Resume(Callback):
         if len(rng_states) == accelerator.num_processes:
             self.rng_state = rng_states[accelerator.process_index]
         elif learner.position:
-            saved_by = f"{self.folder} was saved by {len(rng_states)} processes"
+            saved_by = f"{self.folder} was saved by {count_things(len(rng_states), 'process', 'processes')}"
             accelerator.print(f"note: {saved_by}; dropout is drawn anew for the rest of this epoch")
 
 
@@ -225,7 +226,8 @@ def stop_run(
     state = "nothing was kept (--no-save-training)"
     if resume is not None:
         learner.callback("save")
-        state = f"{len(learner.log)} steps are kept, go on with --resume {resume.output}"
+        kept = count_things(len(learner.log), "step is", "steps are")
+        state = f"{kept} kept, go on with --resume {resume.output}"
     if not learner.accelerator.is_main_process:
         raise SystemExit(2)
     raise CalaError("; ".join(part for part in (reason, state, advice) if part))
