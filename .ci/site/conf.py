@@ -28,6 +28,7 @@ myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4  # links such as #results, as GitHub writes them
 myst_update_mathjax = False
 smartquotes = False  # the two hyphens of a flag stay two hyphens
+highlight_language = "none"  # blocks of prose say their language; cells are Python anyway
 
 # The front door: signatures from the code, descriptions from the comments behind the parameters.
 autodoc_typehints = "description"
