@@ -91,12 +91,6 @@ class Backbone(nn.Module):
         "The parameters that a mode trains."
         raise NotImplementedError
 
-    def count_image_tokens(self) -> int:
-        "L, the number of tokens that `image` gives for a picture."
-        with torch.no_grad():
-            black = torch.zeros(1, 3, self.size, self.size, device=next(self.parameters()).device)
-            return self.image(self.trunk(black)).tokens.shape[1]
-
     def read(self, captions: Sequence[str]) -> Sequence[str]:
         "Captions in the form in which `text` and `query` take them fastest."
         return list(captions)
@@ -287,10 +281,6 @@ class QFormerBackbone(Backbone):
         ids, mask = self.tokenizer(captions)
         device = self.textual.query_tokens.device
         return Words(ids.to(device), mask.to(device))
-
-    def count_image_tokens(self) -> int:
-        "The number of learned query tokens."
-        return self.visual.query_tokens.shape[1]
 
     def text(
         self,

@@ -82,7 +82,7 @@ def other_pictures(
     is_other[positions] = False
     return gallery[is_other]
 
-# %% ../nbs/method/08_model.ipynb #b6594b7f
+# %% ../nbs/method/08_model.ipynb #72a3365d
 OBJECTIVES = dict(released=released, paper=paper, two_way=two_way)
 compositors: dict[str, Callable] = {}  # name for `--ctr` -> a function that makes a compositor for a backbone
 
@@ -109,12 +109,12 @@ def make_tac(
 
 @compositor("pairs")
 def make_pairs(
-    backbone: Backbone,  # dim, count_image_tokens
+    backbone: Backbone,  # dim
 ) -> PairCompositor:
     "This project's compositor."
-    return PairCompositor(backbone.dim, backbone.count_image_tokens())
+    return PairCompositor(backbone.dim)
 
-
+# %% ../nbs/method/08_model.ipynb #b6594b7f
 class CaLa(nn.Module):
     "Encoders, a composition frame for retrieval, and two associations for training."
 
@@ -213,7 +213,8 @@ class CaLa(nn.Module):
         hca = None if self.hca is None else self.hca(F_r.tokens, F_c.tokens, F_t.tokens, mask)
         pair = pair_query = None
         if self.compositor is not None:
-            pair = self.compositor(F_r_alone.tokens, F_t.tokens)
+            part = self.compositor.reads  # tokens or feature
+            pair = self.compositor(getattr(F_r_alone, part), getattr(F_t, part))
             pair_query = self.compositor.query(F_r.feature, F_c.feature)
         vectors = (F_r.feature, F_c.feature, F_t.feature, hca, pair, pair_query)
         return Vectors(*(None if vector is None else in_float32(vector)[0] for vector in vectors))
@@ -292,26 +293,18 @@ class CaLa(nn.Module):
         "Features of queries: of the references read with their captions, and of the captions."
         return self.backbone.query(self.tokens(x), captions).feature, self.backbone.text(captions).feature
 
-    def embed_pairs(
-        self,
-        x: torch.Tensor,  # (B, 3, H, W) or (B, N, w)
-    ) -> tuple:  # feature (B, d), and the picture in the role of the reference (B, 2d) and of the target (B, 2d)
-        "`embed_gallery`, and what CTR's compositor needs to rank the best candidates again (lesson 11)."
-        if not hasattr(self.compositor, "join"):
-            raise CalaError("--rerank needs a model that was trained with --ctr pairs and a weight of CTR above 0")
-        image = self.backbone.image(self.tokens(x))
-        return image.feature, self.compositor.read_reference(image.tokens), self.compositor.read_target(image.tokens)
-
     def score_pairs(
         self,
-        reference: torch.Tensor,  # (Q, d) features of references, read with their captions
-        text: torch.Tensor,  # (Q, d) features of captions
-        as_reference: torch.Tensor,  # (Q, 2d) the query's reference, from `embed_pairs`
-        as_targets: torch.Tensor,  # (Q, K, 2d) candidates, from `embed_pairs`
+        f_r: torch.Tensor,  # (Q, d) features of the references, read with their captions
+        f_c: torch.Tensor,  # (Q, d) features of the captions
+        references: torch.Tensor,  # (Q, d) features of the references as pictures of a gallery
+        candidates: torch.Tensor,  # (Q, K, d) features of pictures of the gallery
     ) -> torch.Tensor:  # (Q, K)
-        "CTR logits of candidates, each in a pair with the query's own reference."
-        queries = self.compositor.query(reference, text)[:, None]  # (Q, 1, d)
-        pairs = self.compositor.join(as_reference[:, None], as_targets)  # (Q, K, d)
+        "CTR logits of candidates, each in a pair with the query's own reference (lesson 11)."
+        if getattr(self.compositor, "reads", None) != "feature":
+            raise CalaError("--rerank needs a model that was trained with --ctr pairs and a weight of CTR above 0")
+        queries = self.compositor.query(f_r, f_c)[:, None]  # (Q, 1, d)
+        pairs = self.compositor(references[:, None], candidates)  # (Q, K, d)
         if self.normalise:
             queries, pairs = F.normalize(queries, dim=-1), F.normalize(pairs, dim=-1)
         return self.ctr_scale * (queries * pairs).sum(-1)

@@ -28,7 +28,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Subset
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from .composition import Combiner
 from .composition import Sum
@@ -37,6 +36,7 @@ from .data import CIRR
 from .data import FashionIQ
 from .data import Triplets
 from .errors import CalaError
+from .progress import show_progress
 
 # %% ../nbs/method/09_retrieval.ipynb #a1bf3f39
 def compare_rows(
@@ -369,31 +369,28 @@ def load_batches(
     loader = DataLoader(
         pictures, batch_size, num_workers=workers, collate_fn=collate_pictures, pin_memory=device.type == "cuda"
     )
-    for batch in tqdm(loader, title, disable=None if title else True, leave=False):
+    for batch in show_progress(loader, title, unit="batches", is_hidden=not title, is_part=True):
         yield batch.to(device, non_blocking=True)
 
 
 def embed_pictures(
-    embed_tokens: Callable,  # tokens (B, n, w) -> features (B, d), or several tensors (B, ...)
-    read_tokens: Callable,  # pictures -> tokens
+    model: Any,  # has .tokens and .embed_gallery
     batches: Iterable[Tensor],  # of all pictures
     references: Tensor,  # (R,) positions whose tokens are needed again, sorted
     keep: int,  # bytes that these tokens may take
-) -> tuple[list[Tensor], Tensor | None]:  # what `embed_tokens` gave, (N, ...); tokens (R, n, w) on the CPU, or None
+) -> tuple[Tensor, Tensor | None]:  # features (N, d); tokens (R, n, w) on the CPU, or None if they take more
     "The gallery pass."
-    columns, reference_tokens, first = [], None, 0
+    features, reference_tokens, first = [], None, 0
     for batch in batches:
-        tokens = read_tokens(batch)
-        results = embed_tokens(tokens)
-        results = results if isinstance(results, tuple) else (results,)
-        columns.append([result.float() for result in results])
+        tokens = model.tokens(batch)
+        features.append(model.embed_gallery(tokens).float())
         if first == 0 and len(references) * tokens[0].nbytes <= keep:
             reference_tokens = tokens.new_empty(len(references), *tokens.shape[1:], device="cpu")
         if reference_tokens is not None:
             inside = (references >= first) & (references < first + len(tokens))
             reference_tokens[inside] = tokens[(references[inside] - first).to(tokens.device)].cpu()
         first += len(tokens)
-    return [torch.cat(parts) for parts in zip(*columns)], reference_tokens
+    return torch.cat(features), reference_tokens
 
 
 def embed_texts(
@@ -426,7 +423,6 @@ class Embedded(NamedTuple):
     gallery: Tensor  # (N, d) target features
     reference: Tensor  # (Q, d) features of the references, read with their texts
     text: Tensor  # (Q, d) text features
-    pairs: tuple | None = None  # to rank again: the gallery as references and as targets of CTR, (N, 2d) each
 
 
 def embed(
@@ -437,7 +433,6 @@ def embed(
     workers: int = 0,  # processes that decode pictures
     keep: int = 2**30,  # bytes for the references' tokens between the two passes
     progress: bool = True,  # show bars
-    pairs: bool = False,  # also what ranking again needs (lesson 11); the model then has .embed_pairs
 ) -> Embedded:  # float32, on the model's device
     "All features of a data set; every picture goes through the trunk once, a reference twice if `keep` is too small."
     if dataset.pictures is dataset.gallery:
@@ -449,20 +444,18 @@ def embed(
     pictures: Any = dataset.pictures
     if constant is not None:
         pictures = pictures.tokens
-    embed_tokens = model.embed_pairs if pairs else model.embed_gallery
     titles = ("gallery", "queries") if progress else ("", "")
     with evaluating(model.to(place)):
-        if constant is None or pairs:
+        if constant is None:
             batches = load_batches(pictures, batch_size, place, workers, titles[0])
-            columns, tokens = embed_pictures(embed_tokens, model.tokens, batches, references, keep)
+            gallery, tokens = embed_pictures(model, batches, references, keep)
         else:
-            columns, tokens = [constant.features().to(place)], None
+            gallery, tokens = constant.features().to(place), None
         if tokens is None:
             batches = load_batches(Subset(pictures, references.tolist()), batch_size, place, workers, titles[1])
         else:
             batches = (part.to(place) for part in tokens.split(batch_size))
-        reference, text = embed_texts(model, batches, dataset.references, captions, batch_size)
-    return Embedded(columns[0], reference, text, tuple(columns[1:]) if pairs else None)
+        return Embedded(gallery, *embed_texts(model, batches, dataset.references, captions, batch_size))
 
 # %% ../nbs/method/09_retrieval.ipynb #7a2a93a3
 class Section(NamedTuple):
@@ -525,9 +518,7 @@ def rank_section(
     if rank is None:
         ranks = rank_queries(frame, *features, **positions)
     else:
-        as_reference, as_target = embedded.pairs
-        pairs = as_reference[dataset.references[queries]], as_target[section.gallery]
-        ranks = rank(frame, *features, pairs, **positions)
+        ranks = rank(frame, *features, embedded.gallery[dataset.references[queries]], **positions)
     triplets = [dataset.triplets[i] for i in queries.tolist()]
     names = [(triplet.pair_id, triplet.reference, triplet.target) for triplet in triplets]
     table = pd.DataFrame(names, columns=["pair_id", "reference", "target"])
@@ -594,6 +585,7 @@ def describe_sections(
     if len({about["category"] for about in abouts}) < len(abouts):
         raise CalaError("a category is given twice; give each once")
     facts = {key: abouts[0][key] for key in ("dataset", "split", "protocol")}
+    facts |= datasets[0].choices()
     facts["gallery"] = sum(about["gallery"] for about in abouts)
     facts["queries"] = sum(len(section.queries) for section in parts)
     facts["missing"] = sum(dataset.left_out["pictures"] for dataset in datasets)

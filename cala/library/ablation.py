@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QTM_ALONE', 'SCALES', 'BEST_SCALE', 'BASELINE', 'HEADLINE_ARMS', 'BASE', 'WORLD_FLAGS', 'SWEEP_ARMS', 'SIZES',
-           'KEPT_WORLD', 'STAGE1_WORLD', 'PLACES', 'PROBED_STEPS', 'REPORTED', 'scale_arms', 'TokenPairs',
-           'TACWithText', 'TACWithSides', 'FirstTokens', 'MatchingHead', 'register_compositors', 'ctr_arms', 'all_arms',
-           'Setting', 'condition_settings', 'where_settings', 'all_settings', 'Job', 'list_jobs', 'draw_world',
-           'dataset_name', 'train_stage1', 'make_recipe', 'spell_command', 'probe_scale', 'Probing', 'open_kept_world',
-           'train_job', 'report', 'rank_again', 'run_job', 'prepare_world', 'write_row', 'read_rows', 'run_parallel',
-           'run_ablation', 'pair_differences', 'bootstrap_interval', 'compute_effects', 'draw_effects',
-           'compare_effects', 'describe_agreement']
+           'KEPT_WORLD', 'STAGE1_WORLD', 'PLACES', 'PROBED_STEPS', 'REPORTED', 'scale_arms', 'TACWithText',
+           'TACWithSides', 'AllTokens', 'MatchingHead', 'register_compositors', 'ctr_arms', 'all_arms', 'Setting',
+           'condition_settings', 'where_settings', 'all_settings', 'Job', 'list_jobs', 'draw_world', 'dataset_name',
+           'train_stage1', 'make_recipe', 'spell_command', 'probe_scale', 'Probing', 'open_kept_world', 'train_job',
+           'report', 'rank_again', 'run_job', 'prepare_world', 'write_row', 'read_rows', 'run_parallel', 'run_ablation',
+           'pair_differences', 'bootstrap_interval', 'compute_effects', 'draw_effects', 'compare_effects',
+           'describe_agreement']
 
 # %% ../../nbs/library/ablation.ipynb #ecaf1bb3
 import json
@@ -95,35 +95,7 @@ def scale_arms() -> dict[str, dict]:
     return arms
 
 # %% ../../nbs/library/ablation.ipynb #82c56380
-class TokenPairs(nn.Module):
-    "A compositor that needs all tokens of both pictures at once."
-
-    def read_reference(
-        self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, L, d)
-        "The tokens as they are."
-        return tokens
-
-    def read_target(
-        self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, L, d)
-        "The tokens as they are."
-        return tokens
-
-    def join(
-        self,
-        reference: torch.Tensor,  # (..., L, d)
-        target: torch.Tensor,  # (..., L, d)
-    ) -> torch.Tensor:  # (..., d)
-        "The compositor's result for every pair."
-        shape = torch.broadcast_shapes(reference.shape, target.shape)
-        reference, target = (tokens.expand(shape).reshape(-1, *shape[-2:]) for tokens in (reference, target))
-        return self(reference, target).reshape(*shape[:-2], -1)
-
-
-class TACWithText(TokenPairs, TwinAttentionCompositor):
+class TACWithText(TwinAttentionCompositor):
     "TAC, with a linear layer on the text."
 
     def __init__(
@@ -142,8 +114,10 @@ class TACWithText(TokenPairs, TwinAttentionCompositor):
         return self.text(text)
 
 
-class TACWithSides(TokenPairs):
+class TACWithSides(nn.Module):
     "Each token beside what it found in the other picture, with both pictures kept apart."
+
+    reads = "tokens"
 
     def __init__(
         self,
@@ -178,62 +152,71 @@ class TACWithSides(TokenPairs):
         return self.output(torch.cat([side_r, side_t], -1))
 
 
-class FirstTokens(PairCompositor):
-    "`PairCompositor` on the first token of each picture."
+class AllTokens(nn.Module):
+    "`PairCompositor` on all tokens: a few numbers of each token, then all of them together."
+
+    reads = "tokens"
 
     def __init__(
         self,
         dim: int,  # d
+        tokens: int,  # L, how many tokens a picture has
     ):
-        super().__init__(dim, tokens=1)
+        super().__init__()
+        hidden = 2 * dim
+        per_token = max(1, hidden // tokens)
 
-    def read_reference(
-        self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, 2d)
-        "The first token in the role of the reference."
-        return self.reference(tokens[:, :1])
+        def make_reader():
+            return nn.Sequential(nn.Linear(dim, per_token), nn.Flatten(1), nn.Linear(tokens * per_token, hidden))
 
-    def read_target(
+        self.reference = make_reader()
+        self.target = make_reader()
+        self.output = nn.Linear(hidden, dim)
+        self.text = nn.Linear(dim, dim)
+
+    def query(
         self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, 2d)
-        "The first token in the role of the target."
-        return self.target(tokens[:, :1])
+        reference: torch.Tensor,  # (B, d), not used
+        text: torch.Tensor,  # (B, d)
+    ) -> torch.Tensor:  # (B, d)
+        "A linear layer on the captions' features."
+        return self.text(text)
+
+    def forward(
+        self,
+        reference: torch.Tensor,  # (B, L, d)
+        target: torch.Tensor,  # (B, L, d)
+    ) -> torch.Tensor:  # (B, d)
+        "The change from each reference to its target."
+        return self.output(F.gelu(self.reference(reference) + self.target(target)))
 
 
 class MatchingHead(PairCompositor):
     "A control with the parameters of `PairCompositor`: it compares the query with the target and reads no reference."
 
-    def read_reference(
-        self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, 2d)
-        "Zeros."
-        return tokens.new_zeros(len(tokens), self.output.in_features)
-
-    def read_target(
-        self,
-        tokens: torch.Tensor,  # (B, L, d)
-    ) -> torch.Tensor:  # (B, 2d)
-        "Both readers on the target."
-        return self.target(tokens) + self.reference(tokens)
-
     def query(
         self,
         reference: torch.Tensor,  # (B, d) features of the references, read with their captions
-        text: torch.Tensor,  # (B, d)
+        text: torch.Tensor,  # (B, d) features of the captions
     ) -> torch.Tensor:  # (B, d)
         "A linear layer on the query, the sum of both features."
         return self.text(reference + text)
+
+    def forward(
+        self,
+        reference: torch.Tensor,  # (..., d), not used
+        target: torch.Tensor,  # (..., d)
+    ) -> torch.Tensor:  # (..., d)
+        "The target alone, through the layers of both roles."
+        return self.output(F.gelu(self.reference(target) + self.target(target)))
 
 
 def register_compositors() -> None:
     "Make the four compositors known to `--ctr`."
     compositors["tac_text"] = lambda backbone: TACWithText(backbone.dim)
     compositors["tac_sides"] = lambda backbone: TACWithSides(backbone.dim)
-    compositors["first_tokens"] = lambda backbone: FirstTokens(backbone.dim)
-    compositors["matching"] = lambda backbone: MatchingHead(backbone.dim, backbone.count_image_tokens())
+    compositors["all_tokens"] = lambda backbone: AllTokens(backbone.dim, backbone.visual.query_tokens.shape[1])
+    compositors["matching"] = lambda backbone: MatchingHead(backbone.dim)
 
 
 register_compositors()
@@ -248,7 +231,7 @@ def ctr_arms() -> dict[str, dict]:
         "+CTR pairs, one direction": ours | dict(objective="paper", features="normalised", ctr_scale=10.0),
         "+CTR pairs, raw": ours | dict(features="raw"),
         "+CTR pairs, scale 100": ours | dict(ctr_scale=100.0),
-        "+CTR first tokens": ours | dict(ctr="first_tokens"),
+        "+CTR all tokens": ours | dict(ctr="all_tokens"),
         "+CTR TAC": ours | dict(ctr="tac"),
         "+CTR TAC, text layer": ours | dict(ctr="tac_text"),
         "+CTR TAC, both sides": ours | dict(ctr="tac_sides"),
@@ -567,8 +550,12 @@ def report(
     split: str,  # val, kept or again
     result: dict,  # of `evaluate`
 ) -> dict[str, float]:
-    "The reported metrics of a result, under names that begin with the split."
-    return {f"{split}_{name}": round(result[name], 3) for name in REPORTED if name in result}
+    "The reported metrics of a result, under names that begin with the split; of FashionIQ also R@1."
+    metrics = {name: result[name] for name in REPORTED if name in result}
+    ranks = getattr(result, "ranks", None)
+    if ranks is not None and "category" in ranks:
+        metrics["recall_at1"] = 100 * float(ranks.groupby("category")["rank"].apply(lambda x: (x == 1).mean()).mean())
+    return {f"{split}_{name}": round(value, 3) for name, value in metrics.items()}
 
 
 def rank_again(
@@ -596,7 +583,7 @@ def run_job(
     kept = open_kept_world(folder, job.world, job.seed, run.model)
     row = dict(setting=job.setting, world=job.world, seed=job.seed, arm=job.arm, steps=len(run.log))
     row |= report("val", run.metrics[-1]) | report("kept", evaluate(run.model, kept, progress=False))
-    if hasattr(run.model.compositor, "join"):
+    if getattr(run.model.compositor, "reads", None) == "feature":
         row |= rank_again(run, kept)
     losses = pd.DataFrame(run.log).tail(10)[["loss", "qtm", "tbia", "ctr"]].mean()
     row |= {f"end_{name}": round(value, 4) for name, value in losses.items()}
