@@ -251,7 +251,7 @@ def evaluate_runs(
     for name in list_runs(demo):
         model = load_checkpoint(prepare_folder(demo) / name / "last")
         data = open_dataset(NAMES[demo.world], root, "val", model.backbone.transform())
-        embedded = embed(model, data, batch_size=256, pairs=name == "cala")
+        embedded = embed(model, data, batch_size=256)
         if name == "qtm":
             results |= measure_rows(model.frame, embedded, data, RUNS[name])
         else:
