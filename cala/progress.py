@@ -105,9 +105,9 @@ def show_progress(
     unit: str = "",  # what is counted, in the plural, such as pictures
     is_hidden: bool = False,  # show nothing, for example because another process shows the same work
     is_part: bool = False,  # of other work with progress of its own: the bar disappears at its end
-) -> tqdm:  # an iterator over the items, and a context manager with `update` and `set_postfix`
+) -> TextBar:  # an iterator over the items, and a context manager with `update` and `set_postfix`
     "Show how far a loop is and how long it will still take."
-    options = dict(desc=title, total=total, unit=f" {unit}" if unit else "", leave=not is_part)
+    options: dict[str, Any] = dict(desc=title, total=total, unit=f" {unit}" if unit else "", leave=not is_part)
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     if IN_JUPYTER or is_terminal:
         return tqdm(items, **options, disable=is_hidden, delay=BAR_DELAY, dynamic_ncols=True)
