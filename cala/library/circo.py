@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..annotations import Annotations
@@ -30,6 +31,7 @@ from ..annotations import find_annotations
 from ..annotations import is_safe_name
 from ..annotations import is_text
 from ..annotations import read_json
+from ..composition import Combiner
 from ..composition import Sum
 from ..data import Triplets
 from ..errors import CalaError
@@ -157,7 +159,8 @@ def add_gallery(
         return
     known = set()
     for i, image in enumerate(images):
-        number, file_name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        values: Any = image if isinstance(image, dict) else {}
+        number, file_name = values.get("id"), values.get("file_name")
         if not is_picture_id(number) or not is_safe_name(file_name):
             annotations.faults.append(f"{file} image {i}: needs an id and a file_name, but is {describe_shape(image)}")
         elif splitext(file_name)[0] != name_picture(number):
@@ -220,7 +223,7 @@ class CIRCO(Triplets):
 
     def read(self) -> tuple[list[str], list[str], list[CircoQuery]]:
         "Names and published paths of the gallery, and the queries."
-        annotations = read_circo(self.root, self.split).raise_faults()
+        annotations: Any = read_circo(self.root, self.split).raise_faults()  # its triplets are queries of CIRCO
         return annotations.names, annotations.paths, annotations.triplets
 
     def caption(self, i: int) -> str:
@@ -366,10 +369,16 @@ def rank_circo(
     reference, text, gallery = embedded.reference, embedded.text, embedded.gallery
     if truths is None:
         truths = torch.full((len(reference), 1), -1)
+    has_cosines = isinstance(frame, (Sum, Combiner))
+    if has_cosines:
+        gallery = F.normalize(gallery.float(), dim=-1)  # once, and not for each part of the queries
     parts = []
     with evaluating(frame):
         for queries in torch.arange(len(reference)).split(max(1, held // len(gallery))):
-            scores = frame.scores(reference[queries], text[queries], gallery)
+            if has_cosines:
+                scores = frame.scale * frame.query(reference[queries], text[queries]).float() @ gallery.T
+            else:
+                scores = frame.scores(reference[queries], text[queries], gallery)
             parts.append([column.cpu() for column in place_truths(scores, truths[queries].to(scores.device))])
     return Places(*(torch.cat(column) for column in zip(*parts)))
 
