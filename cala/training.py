@@ -434,8 +434,9 @@ class Validate(Callback):
     def __init__(
         self,
         datasets: list,  # as `open_split` gives them
+        progress: bool = False,  # show how far a validation is
     ):
-        self.datasets = datasets
+        self.datasets, self.progress = datasets, progress
 
     def after_epoch(self, learner: Learner):
         epoch = learner.epochs_done + 1
@@ -450,8 +451,8 @@ class Validate(Callback):
 
     def evaluate(self, learner: Learner) -> Result:
         recipe = learner.recipe
-        size = max(64, recipe.batch_size)
-        return evaluate(learner.core, self.datasets, batch_size=size, workers=recipe.num_workers, progress=False)
+        options = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=self.progress)
+        return evaluate(learner.core, self.datasets, **options)
 
 # %% ../nbs/method/10_training.ipynb #025422f9
 def best_row(
