@@ -21,7 +21,6 @@ from ...data import Triplets
 from ...errors import CalaError
 from ...model import CaLa
 from ...objectives import released
-from ...retrieval import embed_pictures
 from ...retrieval import evaluating
 from ...retrieval import load_batches
 from ...retrieval import sections
@@ -200,8 +199,7 @@ def embed_gallery(
         raise CalaError("the data set gives PIL pictures; open it with transform=model.backbone.transform()")
     batches = load_batches(dataset.pictures, 64, next(model.parameters()).device)
     with evaluating(model):
-        (entries,), _ = embed_pictures(embed, model.tokens, batches, torch.empty(0, dtype=torch.long), 0)
-    return entries
+        return torch.cat([embed(model.tokens(batch)).float() for batch in batches])
 
 
 def association_votes(
