@@ -104,8 +104,8 @@ def audit(
     result = Audit()
     for name, folder in folders.items():
         audit_dataset(result, name, folder, deep, follow_links)
-    for findings in (result.problems, result.missing, result.broken):  # a file may belong to several splits
-        findings[:] = dict.fromkeys(findings)
+    for name in ("problems", "missing", "broken"):  # a file may belong to several splits
+        setattr(result, name, list(dict.fromkeys(getattr(result, name))))
     return result
 
 
