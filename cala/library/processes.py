@@ -231,7 +231,8 @@ class ValidateTogether(Validate):
 
     def evaluate(self, learner: Learner) -> Result:
         recipe = learner.recipe
-        options = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=False)
+        progress = self.progress and learner.accelerator.is_main_process
+        options = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=progress)
         embedded = [embed_together(learner.core, data, learner.accelerator, **options) for data in self.datasets]
         return measure(learner.core.frame, embedded, self.datasets)
 

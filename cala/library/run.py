@@ -229,7 +229,8 @@ def make_learner(
     data, validation = open_data(recipe, model)
 
     callbacks = [Schedule(), TrunkOnce(), StopOnSignal(output), StopOnNonFinite(output), Track(), *callbacks]
-    callbacks.append(ValidateTogether(validation) if processes > 1 else Validate(validation))
+    validate = ValidateTogether if processes > 1 else Validate
+    callbacks.append(validate(validation, progress))
     callbacks.append(CSVLog(output, write_atomically))
     if recipe.gallery_negatives:
         callbacks.append(GalleryNegatives(embed_targets(model, data, recipe, accelerator)))
