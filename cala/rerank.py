@@ -51,6 +51,19 @@ class Reranker:
         "s = z_qtm + w z_ctr."
         return z_qtm + self.weight * self.model.score_pairs(*query, candidates)
 
+    def sort(
+        self,
+        positions: Tensor,  # (q, k) gallery positions, best first by QTM
+        z_qtm: Tensor,  # (q, k) their logits
+        query: tuple[Tensor, Tensor, Tensor],  # as for `score`
+        gallery: Tensor,  # (N, d)
+    ) -> Tensor:  # (q, k)
+        "The positions with the first `candidates` of them sorted again."
+        first = positions[:, : self.candidates]
+        scores = self.score(z_qtm[:, : self.candidates], query, gallery[first])
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return torch.cat([first.gather(1, order), positions[:, self.candidates :]], 1)
+
     def rank_block(
         self,
         z_qtm: Tensor,  # (q, N) QTM logits of the whole gallery

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QTM_ALONE', 'SCALES', 'BEST_SCALE', 'BASELINE', 'HEADLINE_ARMS', 'BASE', 'WORLD_FLAGS', 'SWEEP_ARMS', 'SIZES',
-           'KEPT_WORLD', 'STAGE1_WORLD', 'PLACES', 'PROBED_STEPS', 'REPORTED', 'scale_arms', 'TACWithText',
+           'KEPT_WORLD', 'STAGE1_WORLD', 'PLACES', 'PROBED_STEPS', 'REPORTED', 'AGAIN', 'scale_arms', 'TACWithText',
            'TACWithSides', 'AllTokens', 'MatchingHead', 'register_compositors', 'ctr_arms', 'all_arms', 'Setting',
            'condition_settings', 'where_settings', 'all_settings', 'Job', 'list_jobs', 'draw_world', 'dataset_name',
            'train_stage1', 'make_recipe', 'spell_command', 'probe_scale', 'Probing', 'open_kept_world', 'train_job',
            'report', 'rank_again', 'run_job', 'prepare_world', 'write_row', 'read_rows', 'run_parallel', 'run_ablation',
-           'pair_differences', 'bootstrap_interval', 'compute_effects', 'draw_effects', 'compare_effects',
-           'describe_agreement']
+           'add_second_stage', 'pair_differences', 'bootstrap_interval', 'compute_effects', 'draw_effects',
+           'compare_effects', 'describe_agreement']
 
 # %% ../../nbs/library/ablation.ipynb #ecaf1bb3
 import json
@@ -228,6 +228,7 @@ def ctr_arms() -> dict[str, dict]:
     return {
         "+CTR pairs": ours,
         "+CTR pairs, weight 1": ours | dict(beta=1.0),
+        "+CTR pairs, weight 3": ours | dict(beta=3.0),
         "+CTR pairs, one direction": ours | dict(objective="paper", features="normalised", ctr_scale=10.0),
         "+CTR pairs, raw": ours | dict(features="raw"),
         "+CTR pairs, scale 100": ours | dict(ctr_scale=100.0),
@@ -238,10 +239,17 @@ def ctr_arms() -> dict[str, dict]:
         "+TBIA both directions, weight 0.1": ours | dict(alpha=0.1, beta=0.0),
         "+TBIA +CTR pairs": ours | dict(alpha=0.1),
         "+matching head": ours | dict(ctr="matching"),
+        "+matching head, weight 1": ours | dict(ctr="matching", beta=1.0),
     }
 
 
-HEADLINE_ARMS = ("QTM at scale 100", BASELINE, "QTM at scale 6, 25% more steps", "+CTR pairs", "+matching head")
+HEADLINE_ARMS = (
+    "QTM at scale 100",
+    BASELINE,
+    "QTM at scale 6, 25% more steps",
+    "+CTR pairs, weight 1",
+    "+matching head, weight 1",
+)
 
 
 def all_arms() -> dict[str, dict]:
@@ -302,7 +310,7 @@ def all_settings(
 ) -> dict[str, dict[str, Setting]]:
     "Everything that can be run: part -> {name: setting}."
     probed = Setting(arms=("QTM at scale 100", *SWEEP_ARMS), seeds=2)
-    few = Setting(arms=("QTM at scale 100", BASELINE, "+CTR pairs"), worlds=worlds, seeds=2)
+    few = Setting(arms=("QTM at scale 100", BASELINE, "+CTR pairs, weight 1"), worlds=worlds, seeds=2)
     return {
         "scale": {"standard": Setting(arms=tuple(scale_arms()), worlds=worlds)},
         "ctr": {"standard": Setting(arms=(BASELINE, *ctr_arms()), worlds=worlds)},
@@ -674,6 +682,20 @@ def run_ablation(
     return rows
 
 # %% ../../nbs/library/ablation.ipynb #cdebcfcb
+AGAIN = ", ranked again"
+
+
+def add_second_stage(
+    rows: pd.DataFrame,  # of `read_rows`
+) -> pd.DataFrame:
+    "The rows, and for each run with a second ranking a further row: the arm's name ends in `AGAIN`."
+    again = rows[rows.again_mean.notna()].copy()
+    again["arm"] += AGAIN
+    for name in REPORTED:
+        again[f"kept_{name}"] = again[f"again_{name}"]
+    return pd.concat([rows, again], ignore_index=True)
+
+
 def pair_differences(
     rows: pd.DataFrame,  # of `read_rows`
     metric: str = "kept_mean",  # a column
@@ -689,11 +711,13 @@ def pair_differences(
 def bootstrap_interval(
     values: pd.Series,  # a number a seed
     draws: int = 10_000,
+    level: float = 0.95,  # the probability that the interval should have
 ) -> tuple[float, float]:
-    "95% interval of the mean, seeds drawn with replacement."
+    "An interval of the mean, seeds drawn with replacement."
     values = np.asarray(values)
     means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
     return low, high
 
 
@@ -701,11 +725,12 @@ def compute_effects(
     rows: pd.DataFrame,  # of `read_rows`
     metric: str = "kept_mean",  # a column
     against: str = BASELINE,  # the arm to compare with
+    level: float = 0.95,  # of the intervals
 ) -> pd.DataFrame:
     "What each arm gains: mean, deviation, low, high, above (seeds with a gain), seeds; one row an arm and world."
     effects = []
     for place, group in pair_differences(rows, metric, against).groupby(["setting", "world", "arm"]):
-        low, high = bootstrap_interval(group.difference)
+        low, high = bootstrap_interval(group.difference, level=level)
         effects.append(
             dict(zip(("setting", "world", "arm"), place, strict=True))
             | dict(mean=group.difference.mean(), deviation=group.difference.std(), low=low, high=high)

@@ -51,6 +51,14 @@ class ModelFlags:
 
 
 @dataclass
+class RerankFlags:
+    "Whether the best pictures are ranked again."
+
+    rerank: int | None = None  # rank so many of the best pictures again by CTR; for checkpoints of --ctr pairs
+    rerank_weight: float | None = None  # of CTR in the second ranking; None: cala-validate chooses it
+
+
+@dataclass
 class DataFlags(ModelFlags):
     "Which model, and how pictures are read."
 
@@ -66,6 +74,7 @@ class DataFlags(ModelFlags):
     )
     cache_dir: str | None = None  # where caches are; None: .cala_cache in the data root
     cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+    follow_links: bool = False  # read pictures outside the data set's folder, too, if links lead there
 
 
 def find_source(

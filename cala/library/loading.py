@@ -27,6 +27,7 @@ from ..errors import CalaError
 from ..model import CaLa
 from ..pictures import shorten_path
 from ..qformer import QFormer
+from ..rerank import Reranker
 from ..retrieval import Embedded
 from ..retrieval import embed
 from ..trust import hash_tensors
@@ -302,7 +303,23 @@ def build_model(
         model.frame = make_frame(frame.name, model.backbone.dim)
     model.config["cir_frame"] = frame.name
     check_widths(model.frame, flags)
-    return model.for_retrieval()
+    if getattr(flags, "rerank", None) is None:
+        return model.for_retrieval()
+    check_rerank(flags, model)
+    return model.for_retrieval(rerank=True)
+
+
+def check_rerank(
+    flags: Any,  # with the fields of RerankFlags
+    model: CaLa,
+):
+    "`CalaError` unless the model can rank again as the flags ask."
+    if getattr(model.compositor, "reads", None) != "feature":
+        raise CalaError(
+            f"--rerank {flags.rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of "
+            "CTR above 0 (the recipe cala), or leave the flag out"
+        )
+    Reranker(model, flags.rerank, flags.rerank_weight or 0.0)
 
 
 # Data
@@ -335,18 +352,32 @@ def fill_flags(
 
 def open_split(
     flags: Any,  # of cala-validate, from `fill_flags`
-    split: str,  # val or test
+    split: str,  # train, val or test
 ) -> Triplets:
     "A split of the data set that the flags name; a flag that belongs to another data set raises `CalaError`."
     name = (flags.dataset or "").lower()
     if name not in ("cirr", "fashioniq", "circo"):
         given = f"no data set {flags.dataset!r}" if name else "no data set is named"
         raise CalaError(f"{given}; give --dataset CIRR, FashionIQ or CIRCO, or a --checkpoint that knows it")
+    gallery_of, text_form = getattr(flags, "gallery", "split"), getattr(flags, "text_form", "both")
+    if text_form != "both" and name != "fashioniq":
+        raise CalaError("--text-form: only FashionIQ has two sentences that can be joined; leave it out")
     if name == "circo":
-        return CIRCO(flags.data_root, split, shared_concept=flags.shared_concept)
+        if gallery_of != "split":
+            raise CalaError("--gallery: both splits of CIRCO have one gallery; leave it out")
+        return CIRCO(flags.data_root, split, shared_concept=flags.shared_concept, follow_links=flags.follow_links)
     if flags.shared_concept:
         raise CalaError("--shared-concept: only CIRCO has shared concepts; leave it out")
-    return open_dataset(name, flags.data_root, split, categories=flags.categories, protocol=flags.protocol)
+    return open_dataset(
+        name,
+        flags.data_root,
+        split,
+        categories=flags.categories,
+        protocol=flags.protocol,
+        text_form=text_form,
+        gallery_of=gallery_of,
+        follow_links=flags.follow_links,
+    )
 
 
 def set_transform(
@@ -381,7 +412,7 @@ def find_device(
 
 def keep_features(
     model: CaLa,  # on its device
-    dataset: CIRCO,  # changed in place
+    dataset: Any,  # CIRCO; changed in place
     folder: Path,  # holds all caches
     flags: DataFlags,  # batch_size and num_workers
 ):
@@ -392,8 +423,8 @@ def keep_features(
     model.requires_grad_(False)
     side = TargetSide(model.backbone, keep_tokens=False)
     features = cache_targets(side, dataset.gallery, folder, batch_size=flags.batch_size, num_workers=flags.num_workers)
-    pictures: Any = dataset.gallery  # of the references, whose tokens are computed again
-    dataset.pictures, dataset.target_pictures = CachedReferences(pictures, features), features
+    # Tokens of the references are computed from their pictures, which the gallery reads.
+    dataset.pictures, dataset.target_pictures = CachedReferences(dataset.gallery, features), features
 
 
 def embed_dataset(
@@ -408,7 +439,7 @@ def embed_dataset(
     if isinstance(dataset, CIRCO) and flags.cache != "off":
         keep_features(model, dataset, folder, flags)
     else:
-        options = dict(dtype=flags.cache_dtype, num_workers=flags.num_workers)
-        use_caches(model, [dataset], flags.cache, folder, **options)
+        dtype, workers = flags.cache_dtype, flags.num_workers
+        use_caches(model, [dataset], flags.cache, folder, dtype=dtype, num_workers=workers)
     with torch.autocast(device.type, AUTOCAST.get(flags.precision), enabled=flags.precision in AUTOCAST):
         return embed(model, dataset, flags.batch_size, device, flags.num_workers)

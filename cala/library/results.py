@@ -11,8 +11,13 @@ import torch
 
 from .. import __version__
 from ..data import Triplets
+from ..errors import CalaError
 from ..errors import count_things as count_things
 from ..model import CaLa
+from ..rerank import Reranker
+from ..rerank import best_weight
+from ..rerank import evaluate_again
+from ..rerank import sweep_weights
 from ..retrieval import Embedded
 from ..retrieval import Result
 from ..retrieval import chance
@@ -25,6 +30,7 @@ from .circo import measure_circo
 from .files import find_whole_folder
 from .files import write_atomically
 from .flags import DataFlags
+from .flags import RerankFlags
 from .loading import find_device
 from .loading import hash_model
 from .loading import hash_weights
@@ -47,6 +53,23 @@ def measure_rows(
         "text only": text_only(embedded, dataset),
         name: measure(frame, embedded, dataset),
     }
+
+
+def measure_again(
+    flags: RerankFlags,
+    model: CaLa,  # with its compositor
+    embedded: Embedded,  # by the model
+    dataset: Triplets,  # CIRR or FashionIQ
+) -> Result:
+    "The model with its best candidates ranked again; a weight that is not given is chosen on the same queries."
+    if isinstance(dataset, CIRCO):
+        raise CalaError("--rerank: CIRCO is not ranked again yet; leave the flag out")
+    weight = flags.rerank_weight
+    if weight is None:
+        weight = best_weight(sweep_weights(model, dataset, flags.rerank or 0, embedded=[embedded]))
+    result = evaluate_again(Reranker(model, flags.rerank or 0, weight), dataset, [embedded])
+    result["rerank_weight_chosen_here"] = flags.rerank_weight is None
+    return result
 
 
 def label_metric(
@@ -101,6 +124,9 @@ def describe_result(
         parts.append(f"text form {result['text_form']}")
     if result.get("follow_links"):
         parts.append("links out of the folder are followed")
+    if "rerank" in result:
+        origin = " (chosen on these queries)" if result["rerank_weight_chosen_here"] else ""
+        parts.append(f"the best {result['rerank']} ranked again with weight {result['rerank_weight']:g}{origin}")
     if result["missing"]:
         parts.append(count_things(result["missing"], "picture missing", "pictures missing"))
     if result.get("ties"):

@@ -16,7 +16,9 @@ from ..data import CIRR
 from ..data import Triplets
 from ..errors import CalaError
 from ..errors import count_things
+from ..rerank import Reranker
 from ..retrieval import Embedded
+from ..retrieval import evaluating
 from .files import write_atomically
 from .gallery import Top
 from .gallery import top_k
@@ -56,20 +58,40 @@ def make_submission(
     return content
 
 
+def sort_again(
+    reranker: Reranker,
+    top: Top,
+    embedded: Embedded,  # of the data set
+    dataset: CIRR,
+) -> Top:  # the same pictures in another order; the scores are those of QTM
+    "The best pictures, with the first of them ranked again."
+    own = embedded.gallery[dataset.references]
+    place = embedded.gallery.device
+    query = embedded.reference, embedded.text, own
+    with evaluating(reranker.model):
+        positions = reranker.sort(top.positions.to(place), top.scores.to(place), query, embedded.gallery).cpu()
+    order = (positions[:, :, None] == top.positions[:, None]).long().argmax(2)
+    return Top(positions, top.scores.gather(1, order))
+
+
 def write_cirr_submission(
     frame: Any,  # has .scores(reference, text, pictures)
     embedded: Embedded,  # of the data set
     dataset: CIRR,  # usually the split test1
     folder: str | Path,  # made if it does not exist
     name: str = "cirr_submission",  # recall_submission_<name>.json and recall_subset_submission_<name>.json
+    reranker: Reranker | None = None,  # ranks the best candidates again
 ) -> tuple[Path, Path]:  # both files, checked
     "Rank, write both files, read them again and check them."
     check_submittable(dataset)
     features = embedded.reference, embedded.text, embedded.gallery
     best = {
         "recall": top_k(frame, *features, 50, exclude=dataset.references),
-        "recall_subset": top_k(frame, *features, 3, exclude=dataset.references, among=dataset.groups),
+        "recall_subset": top_k(frame, *features, 5, exclude=dataset.references, among=dataset.groups),
     }
+    if reranker is not None:
+        best = {metric: sort_again(reranker, top, embedded, dataset) for metric, top in best.items()}
+    best["recall_subset"] = Top(*(column[:, :3] for column in best["recall_subset"]))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -13,13 +13,14 @@ from pathlib import Path
 from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
+from ..library.flags import RerankFlags
 
 # %% ../../nbs/commands/cirr_submission.ipynb #e893bab8
 FILES = "recall_submission_*.json", "recall_subset_submission_*.json", "*_facts.json"
 
 
 @dataclass
-class Submission(DataFlags):
+class Submission(RerankFlags, DataFlags):
     "Write the two files for the CIRR server."
 
     submission_name: str = "cirr_submission"  # recall_submission_<name>.json and recall_subset_submission_<name>.json
@@ -40,20 +41,28 @@ def main(
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
+    from cala.library.sources import describe_cirr_servers
+    from cala.rerank import Reranker
 
     name = flags.submission_name
     if not name or set(name) & set("/\\\0"):
         raise CalaError(f"--submission-name {name!r}: give a plain file name")
+    if flags.rerank is not None and flags.rerank_weight is None:
+        raise CalaError(f"--rerank {flags.rerank} needs --rerank-weight; cala-validate --rerank chooses one on val")
     flags = loading.fill_flags(flags)
-    data = submission.check_submittable(CIRR(flags.data_root, flags.split).require_pictures())
+    data = submission.check_submittable(
+        CIRR(flags.data_root, flags.split, follow_links=flags.follow_links).require_pictures()
+    )
     folder = check_output_folder(flags.output, FILES)
     model = loading.build_model(flags)
     make_output_folder(folder)
     loading.set_transform(data, model, flags)
     embedded = loading.embed_dataset(model, data, flags)
-    paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name)
+    reranker = Reranker(model, flags.rerank, flags.rerank_weight) if flags.rerank is not None else None
+    paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name, reranker)
     facts = json.dumps(describe_run(flags, model), indent=1, default=str)
     write_atomically(folder / f"{name}_facts.json", facts.encode())
     for path in paths:
         print(f"{path}: {count_things(len(data), 'query', 'queries')}, {path.stat().st_size:,} bytes, checked")
+    print(describe_cirr_servers())
     return paths

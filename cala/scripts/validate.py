@@ -8,19 +8,24 @@ __all__ = ['Validation', 'main']
 # %% ../../nbs/commands/validate.ipynb #3752c457
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 from ..library.cli import Words
 from ..library.cli import command
 from ..library.flags import DataFlags
+from ..library.flags import RerankFlags
 
 # %% ../../nbs/commands/validate.ipynb #b4bcae86
 @dataclass
-class Validation(DataFlags):
+class Validation(RerankFlags, DataFlags):
     "Measure a model on the validation split of CIRR, FashionIQ or CIRCO."
 
     dataset: str | None = None  # CIRR, FashionIQ or CIRCO, in any case; None: the checkpoint's
     protocol: str = "original"  # FashionIQ's gallery: original (the split file) or val (references and targets)
     categories: Words = "dress,shirt,toptee"  # FashionIQ: which, separated by commas or spaces
+    split: Literal["val", "train"] = "val"  # train: the recall on what a model was trained on
+    gallery: Literal["split", "all"] = "split"  # whose pictures are ranked: of the split, or of all splits together
+    text_form: Literal["both", "reversed", "first", "second", "comma", "sentences"] = "both"  # of FashionIQ
     shared_concept: bool = False  # CIRCO: put the shared concept of a query into its text
     allow_missing: bool = False  # go on although pictures are missing; every result says how many
     output: str = "validation"  # folder of result.json, result.csv and ranks.csv
@@ -38,13 +43,16 @@ def main(
 
     start = perf_counter()
     flags = loading.fill_flags(flags)
-    data = loading.open_split(flags, "val").require_pictures(flags.allow_missing)
+    data = loading.open_split(flags, flags.split).require_pictures(flags.allow_missing)
     folder = check_output_folder(flags.output, results.RESULT_FILES)
     model = loading.build_model(flags)
     make_output_folder(folder)
     loading.set_transform(data, model, flags)
     embedded = loading.embed_dataset(model, data, flags)
-    rows = results.measure_rows(model.frame, embedded, data, str(model.config["cir_frame"]))
+    name = str(model.config["cir_frame"])
+    rows = results.measure_rows(model.frame, embedded, data, name)
+    if flags.rerank is not None:
+        rows[f"{name}, ranked again"] = results.measure_again(flags, model, embedded, data)
     about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
     results.write_results(folder, rows, about)
     *_, result = rows.values()
