@@ -150,7 +150,7 @@ def open_splits(
     recipe: CombinerRecipe,  # names the data set
 ) -> tuple[Triplets, Triplets]:
     "The training split and the validation split; `CalaError` if pictures are missing."
-    options = dict(categories=recipe.categories, seed=recipe.seed)
+    options = dict(categories=recipe.categories, seed=recipe.seed, follow_links=recipe.follow_links)
     train = open_dataset(recipe.dataset, recipe.data_root, "train", **options)
     val = open_dataset(recipe.dataset, recipe.data_root, "val", protocol=recipe.protocol, **options)
     return train.require_pictures(recipe.allow_missing), val.require_pictures(recipe.allow_missing)

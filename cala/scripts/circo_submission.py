@@ -45,7 +45,8 @@ def main(
     if not name or set(name) & set("/\\\0"):
         raise CalaError(f"--submission-name {name!r}: give a plain file name")
     flags = loading.fill_flags(flags)
-    data = circo.CIRCO(flags.data_root, flags.split, shared_concept=flags.shared_concept)
+    options = dict(shared_concept=flags.shared_concept, follow_links=flags.follow_links)
+    data = circo.CIRCO(flags.data_root, flags.split, **options)
     data.require_pictures()
     circo.check_circo_submittable(data)
     folder = check_output_folder(flags.output, FILES)
