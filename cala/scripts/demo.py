@@ -25,9 +25,9 @@ class Demo:
     rows: Literal["main", "all"] = "main"  # main: QTM and CaLa (ours); all: also QTM at scale 100 and CaLa (paper)
     output: str = "demo"  # folder of data, runs, table and report; one subfolder a world
     size: int = 1800  # groups of six scenes to train on; for fashioniq, triplets a category
-    width: int = 128  # d of the tiny backbone
+    width: int = 96  # d of the tiny backbone
     stage1_steps: int = 400  # of image-text contrast
-    epochs: int = 5  # of stage 2
+    epochs: int = 3  # of stage 2
     batch_size: int = 128  # of both stages
     stage1_rate: float = 1e-3  # learning rate of stage 1
     learning_rate: float = 1.5e-3  # learning rate of stage 2
