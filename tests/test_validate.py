@@ -260,7 +260,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
 
     assert "--dataset CIRR, FashionIQ or CIRCO" in says()
     good += ["--dataset", "CIRR"]
-    assert "there are CIRR and FashionIQ" in says("--dataset", "COCO")
+    assert "give --dataset CIRR, FashionIQ or CIRCO" in says("--dataset", "COCO")
     assert "no folder" in says("--data-root", tmp_path / "nowhere")
     assert "annotations of CIRR" in says("--data-root", tmp_path)
     assert "is no checkpoint" in says("--checkpoint", tmp_path)
