@@ -612,7 +612,7 @@ def search_folder(
     if reference is None and flags.sentence is None:
         return index
     picture = own_name = None
-    if opened is not None:
+    if reference is not None:
         picture, own_name = transform(opened), pictures.find_name(reference)
     hits = ask_index(index, model, picture, flags.sentence, flags.k, own_name)
     if not hits:
