@@ -1,6 +1,7 @@
 """The report of cala-demo: a notebook, executed over the folder of a demo and written as one page of HTML."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,11 @@ def write_report(
     try:
         executor.preprocess(page, {"metadata": {"path": str(notebook.parent)}}, km=kernel)
     except CellExecutionError as error:
-        raise CalaError(f"{notebook} failed over {folder}: {str(error).splitlines()[-1]}") from error
+        reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines()[-1]  # without the colours of a terminal
+        raise CalaError(
+            f"{notebook} failed over {folder} ({reason}), which is a fault of cala: please report it; "
+            f"the table is in {folder / 'table.csv'}, and --no-report leaves the report out"
+        ) from error
     path = Path(folder) / "report.html"
     write_atomically(path, render_page(page).encode())
     return path
