@@ -37,6 +37,7 @@ def main(
 ) -> dict:  # cala.retrieval.Result by the name of its row
     "Measure a model on the validation split of CIRR, FashionIQ or CIRCO."
     from cala.library import loading
+    from cala.library import needs
     from cala.library import results
     from cala.library.files import check_output_folder
     from cala.library.files import make_output_folder
@@ -53,13 +54,16 @@ def main(
     rows = results.measure_rows(model.frame, embedded, data, name)
     if flags.rerank is not None:
         rows[f"{name}, ranked again"] = results.measure_again(flags, model, embedded, data)
-    about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
-    results.write_results(folder, rows, about)
     *_, result = rows.values()
+    result.ranks = needs.label_queries(rows)
+    about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
+    about["needs"] = needs.count_needs(result)
+    results.write_results(folder, rows, about)
     print(results.describe_result(result))
     print(results.baseline_table(rows).round(2).to_string())
     for line in (results.describe_aspects(result), results.describe_bounds(result)):
         if line:
             print(line)
+    print(needs.describe_needs(result))
     print(f"all metrics, and the rank of each query, are in {folder}")
     return rows
