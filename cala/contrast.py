@@ -29,7 +29,7 @@ def in_float32(
 def cosine_logits(
     queries: Tensor,  # (B_q, d)
     targets: Tensor,  # (B_t, d)
-    scale: float,  # a cosine times this factor is a logit
+    scale: float | Tensor,  # a cosine times this factor is a logit
 ) -> Tensor:  # (B_q, B_t)
     "`scale` times the cosine of every query with every target, computed in float32."
     with torch.autocast(queries.device.type, enabled=False):

@@ -14,8 +14,10 @@ from typing import get_type_hints
 
 from .errors import CalaError
 
-CACHES = ("off", "tokens", "auto")
-CACHE_DTYPES = ("auto", "float16", "float32")
+CacheName = Literal["off", "tokens", "auto"]
+CacheDtype = Literal["auto", "float16", "float32"]
+CACHES: tuple[str, ...] = get_args(CacheName)
+CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 CATEGORIES = ("dress", "shirt", "toptee")
 
 
@@ -53,9 +55,9 @@ class DataRecipe:
     target_ratio: float = number(1.25, least=1)  # target pad: pad only pictures longer than this
     num_workers: int = number(0, least=0)  # processes that decode pictures
     keep_pictures: bool = False  # hold decoded pictures in memory: for small pictures and many epochs
-    cache: Literal[CACHES] = "off"  # tokens: results of the frozen trunk, on disk; auto: if it pays, and targets too
+    cache: CacheName = "off"  # tokens: results of the frozen trunk, on disk; auto: if it pays, and targets too
     cache_dir: str | None = None  # where caches are kept; None: .cala_cache beside the data
-    cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+    cache_dtype: CacheDtype = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
     allow_missing: bool = False  # go on although pictures are missing; every result says how many
     follow_links: bool = False  # read pictures outside the data set's folder, too, if links lead there
 

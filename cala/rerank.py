@@ -83,7 +83,7 @@ class Reranker:
         is_candidate = is_target.any(1)
         higher = torch.where(is_candidate, (scores > bar).sum(1), higher)
         ties = torch.where(is_candidate, ((scores == bar) & ~is_target).sum(1), ties)
-        if groups is None:
+        if groups is None or exclude is None:
             return Ranks(higher + 1, ties)
         members = self.score(pick_scores(z_qtm, groups), query, gallery[groups])
         bar = members.masked_fill(groups != targets[:, None], -torch.inf).amax(1, keepdim=True)
@@ -110,9 +110,12 @@ class Reranker:
             for queries in torch.arange(len(reference)).split(rows):
                 z_qtm = frame.scores(reference[queries], text[queries], gallery)
                 query = reference[queries], text[queries], own[queries]
-                positions = [None if x is None else x[queries].to(z_qtm.device) for x in (targets, exclude, groups)]
+                positions: list[Any] = []
+                for each in (targets, exclude, groups):
+                    positions.append(None if each is None else each[queries].to(z_qtm.device))
                 parts.append(self.rank_block(z_qtm, query, gallery, *positions))
-        return Ranks(*(None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts)))
+        columns: list[Any] = [None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts)]
+        return Ranks(*columns)
 
 # %% ../nbs/method/11_rerank.ipynb #00df1441
 def evaluate_again(

@@ -510,7 +510,7 @@ def rank_section(
     column[section.gallery] = torch.arange(len(section.gallery))
     targets, groups = read_targets(dataset)
     features = embedded.reference[queries], embedded.text[queries], embedded.gallery[section.gallery]
-    positions = dict(
+    positions: dict[str, Any] = dict(
         targets=column[targets[queries]],
         exclude=None if groups is None else column[dataset.references[queries]],
         groups=None if groups is None else column[groups[queries]],
@@ -692,7 +692,9 @@ def evaluate(
     dataset: Triplets | list[Triplets],  # or a list of FashionIQ's categories
     **options: Any,  # batch_size, device, workers, keep and progress of `embed`
 ) -> Result:  # with `.ranks`
-    "Embed, rank and summarise."
+    "Embed, rank and summarise; a data set with metrics of its own has a method `evaluate`."
+    if hasattr(dataset, "evaluate"):
+        return dataset.evaluate(model, **options)
     datasets = as_list(dataset)
     for each in datasets:
         read_targets(each)

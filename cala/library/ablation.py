@@ -25,6 +25,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,6 @@ from ..errors import CalaError
 from .cache import use_caches
 from .files import write_atomically
 from .flags import Ablation
-from .run import Run
 from .run import finish_run
 from .run import make_learner
 from .show.style import BLUE
@@ -258,8 +258,10 @@ def all_arms() -> dict[str, dict]:
     return scale_arms() | ctr_arms() | longer
 
 # %% ../../nbs/library/ablation.ipynb #b04b19fc
-BASE = dict(encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3)
-WORLD_FLAGS = dict(
+BASE: dict[str, Any] = dict(
+    encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3
+)
+WORLD_FLAGS: dict[str, dict[str, Any]] = dict(
     cirr={}, cirr_hard={}, fashioniq=dict(triplets=300, num_epochs=26)
 )  # 1,000 triplets would make FashionIQ's world too easy
 SWEEP_ARMS = tuple(f"QTM at scale {scale}" for scale in (20, 10, 6, 3))
@@ -388,7 +390,7 @@ def draw_world(
 # %% ../../nbs/library/ablation.ipynb #9d2af086
 def dataset_name(
     world: str,  # cirr, cirr_hard or fashioniq
-) -> str:
+) -> Any:  # CIRR or FashionIQ
     "The data set whose layout a world has."
     return NAMES[world.removesuffix("_hard")]
 
@@ -423,7 +425,7 @@ def make_recipe(
 ) -> Recipe:
     "The recipe of a job."
     epochs = job.flags["num_epochs"]
-    settings = dict(
+    settings: dict[str, Any] = dict(
         dataset=dataset_name(job.world),
         data_root=str(draw_world(folder, job.world, job.seed)),
         seed=job.seed,
@@ -469,8 +471,8 @@ PROBED_STEPS = (1, 15, 30, 60, 90, 120)
 
 @torch.no_grad()
 def probe_scale(
-    model: CaLa,
-    data: Triplets,  # of training or validation
+    model: Any,  # CaLa with a frame that has `query`
+    data: Any,  # triplets of training or validation
 ) -> dict[str, float]:
     "Hardest share, alignment, uniformity and accuracy on 64 triplets spread over a data set."
     stride = max(1, len(data) // 64)
@@ -541,7 +543,7 @@ def train_job(
     job: Job,
     folder: Path,  # of the ablation
     output: str,  # the run's folder
-) -> tuple[Run, list]:
+) -> tuple[Any, list]:  # a `Run` with its model, and rows
     "A training and its probes, a row each."
     learner = make_learner(make_recipe(job, folder, output), progress=False)
     if job.setting != "reasons":
@@ -567,7 +569,7 @@ def report(
 
 
 def rank_again(
-    run: Run,  # a finished training with a compositor that can rank again
+    run: Any,  # `Run`, a finished training with a compositor that can rank again
     kept: list,  # of `open_kept_world`
 ) -> dict[str, float]:  # again_<metric> on the kept world, and the weight
     "Choose the weight of the second ranking on validation data, and measure it on the kept world."

@@ -251,6 +251,14 @@ class CIRCO(Triplets):
         numbers = {aspect: [i for i, q in enumerate(self.triplets) if aspect in q.aspects] for aspect in ASPECTS}
         return {aspect: torch.tensor(queries) for aspect, queries in numbers.items() if queries}
 
+    def evaluate(
+        self,
+        model: Any,  # CaLa, or a module with .frame, .tokens, .embed_gallery and .embed_queries
+        **options: Any,  # batch_size, device, workers, keep and progress of `embed`
+    ) -> Result:  # with `.ranks`
+        "What `cala.evaluate` calls: `evaluate_circo`."
+        return evaluate_circo(model, self, **options)
+
 # %% ../../nbs/library/circo.ipynb #4dc5e0c6
 CIRCO_AT = (5, 10, 25, 50)
 DEPTH = max(CIRCO_AT)  # ranks that count

@@ -11,14 +11,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from typing import Literal
+from typing import get_args
 
 from ..errors import CalaError
 from ..recipe import CACHE_DTYPES
 from ..recipe import CACHES
+from ..recipe import CacheDtype
+from ..recipe import CacheName
 from .cli import Words
 from .cli import spell_flag
 
-PRECISIONS = ("no", "bf16", "fp16")
+Precision = Literal["no", "bf16", "fp16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 # The flag for each of BLIP-2's three Q-Formers, by its role.
 BLIP2_ROLES = {"textual": "blip2_textual_path", "multimodal": "blip2_multimodal_path", "visual": "blip2_visual_path"}
 # The flags that say where a model comes from.
@@ -68,12 +72,12 @@ class DataFlags(ModelFlags):
     batch_size: int = 64  # pictures, or queries, at a time
     num_workers: int = 0  # processes that decode pictures
     device: str | None = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
-    precision: Literal[PRECISIONS] = "no"  # no (float32), bf16 or fp16
-    cache: Literal[CACHES] = (
+    precision: Precision = "no"  # no (float32), bf16 or fp16
+    cache: CacheName = (
         "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
     )
     cache_dir: str | None = None  # where caches are; None: .cala_cache in the data root
-    cache_dtype: Literal[CACHE_DTYPES] = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
+    cache_dtype: CacheDtype = "auto"  # of cached numbers: float16, float32; auto: what the trunk computes
     follow_links: bool = False  # read pictures outside the data set's folder, too, if links lead there
 
 

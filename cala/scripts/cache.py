@@ -8,13 +8,12 @@ __all__ = ['Caching', 'main']
 # %% ../../nbs/commands/cache.ipynb #02bddaf3
 from dataclasses import dataclass
 from typing import Any
-from typing import Literal
 
 from ..errors import CalaError
 from ..library.cli import Words
 from ..library.cli import command
 from ..library.flags import check_workers
-from ..recipe import CACHES
+from ..recipe import CacheName
 from ..recipe import Recipe
 
 # %% ../../nbs/commands/cache.ipynb #22025cfc
@@ -22,7 +21,7 @@ from ..recipe import Recipe
 class Caching(Recipe):
     "What to build: the flags of cala-train, and five more."
 
-    cache: Literal[CACHES] = "auto"  # tokens: the frozen trunk's; auto: and targets, if --encoder leaves them constant
+    cache: CacheName = "auto"  # tokens: the frozen trunk's; auto: and targets, if --encoder leaves them constant
     splits: Words = (
         "train,val"  # of the data set, separated by commas or spaces: train, val, test1 (CIRR), test (FashionIQ)
     )

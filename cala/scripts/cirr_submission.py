@@ -58,7 +58,7 @@ def main(
     make_output_folder(folder)
     loading.set_transform(data, model, flags)
     embedded = loading.embed_dataset(model, data, flags)
-    reranker = Reranker(model, flags.rerank, flags.rerank_weight) if flags.rerank is not None else None
+    reranker = Reranker(model, flags.rerank, flags.rerank_weight or 0.0) if flags.rerank is not None else None
     paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name, reranker)
     facts = json.dumps(describe_run(flags, model), indent=1, default=str)
     write_atomically(folder / f"{name}_facts.json", facts.encode())

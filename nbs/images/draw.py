@@ -1128,9 +1128,10 @@ LESSONS = (
     "08  model",
     "09  retrieval",
     "10  training",
-    "11  findings",
+    "11  rerank",
+    "12  findings",
 )
-WITHOUT_MODULE = "00  task", "11  findings"
+WITHOUT_MODULE = "00  task", "12  findings"
 PLAIN = ("annotations", "errors", "options", "pictures", "progress", "recipe", "trust")
 BACKBONES = ("blip2", "clip", "contract", "weights")
 LIBRARY = (
@@ -1152,6 +1153,7 @@ LIBRARY = (
     "gradcache",
     "hub",
     "loading",
+    "needs",
     "noise",
     "probes",
     "processes",
@@ -1204,12 +1206,12 @@ def draw_wings() -> Figure:
     scripts = draw_wing(figure, 738, 142, "scripts", "nbs/commands", "cala/scripts")
     for left, right in ((method, backbones), (backbones, library), (library, scripts)):
         figure.path((right.x, 138), (left.right, 138), stroke=3)
-    figure.path((42, 202), (42, 600), stroke=2.4)
+    figure.path((42, 202), (42, 634), stroke=2.4)
     for n, lesson in enumerate(LESSONS):
         figure.box(60, 200 + 34 * n, 152, 28, lesson, look="cell", dashed=lesson in WITHOUT_MODULE, stroke=1.2)
-    figure.text(124, 622, "without a lesson", 13)
+    figure.text(124, 656, "without a lesson", 13)
     for n, name in enumerate(PLAIN):
-        figure.box(32 + 95 * (n % 2), 634 + 32 * (n // 2), 89, 26, name, look="cell", size=13, stroke=1.2)
+        figure.box(32 + 95 * (n % 2), 668 + 32 * (n // 2), 89, 26, name, look="cell", size=13, stroke=1.2)
     for n, name in enumerate(BACKBONES):
         figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(LIBRARY):
