@@ -286,7 +286,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "--target-ratio -1.0" in says("--target-ratio", "-1")
     assert "--precision int8" in says("--precision", "int8")
     assert "--cache ram: choose one of off, tokens" in says("--cache", "ram")
-    assert "try --device cpu" in says("--device", "abacus")
+    assert "give cpu, cuda" in says("--device", "abacus")
     assert "no protocol" in says("--dataset", "FashionIQ", "--protocol", "both")
     assert "is not empty" in says("--output", tmp_path)
     (tmp_path / "note").write_text("")
