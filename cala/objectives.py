@@ -60,7 +60,7 @@ def two_way(
     z_tbia: torch.Tensor | None = None,  # (B, B) text-bridged image alignment; None leaves it out
     z_ctr: torch.Tensor | None = None,  # (B, B) complementary text reasoning; None leaves it out
     w_tbia: float = 0.0,  # weight of the TBIA loss
-    w_ctr: float = 1.0,  # weight of the CTR loss
+    w_ctr: float = 0.3,  # weight of the CTR loss
 ) -> torch.Tensor:  # a scalar
     "This project's objective: CE(z_qtm) plus associations whose rows choose columns and whose columns choose rows."
     _check_weight("w_tbia (--alpha)", w_tbia)

@@ -83,7 +83,7 @@ class ModelRecipe:
     tac_weight: float | None = number(None, least=0, most=1)  # released: share of CTR in the mixed logits; None: 0.45
     hca_weight: float | None = number(None, least=0, most=1)  # released: share of the TBIA loss; None: 0.1
     alpha: float | None = number(None, least=0)  # paper, two_way: weight of the TBIA loss; None: 0.1, or 0
-    beta: float | None = number(None, least=0)  # paper, two_way: weight of the CTR loss; None: 0.1, or 1
+    beta: float | None = number(None, least=0)  # paper, two_way: weight of the CTR loss; None: 0.1, or 0.3
     hca_dropout: float = number(0.1, least=0, below=1)  # on HCA's attention, in training
     learned_temperature: bool = False  # ARTEMIS: apply the temperature that the released program learns only
     projection_dim: int | None = number(None, above=0)  # Combiner: width of its projections; None: 4 d
@@ -165,7 +165,7 @@ RECIPES = dict(
     cala=dict(objective="two_way", qtm_scale=10.0),
 )
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
-TWO_WAY_WEIGHTS = dict(alpha=0.0, beta=1.0)
+TWO_WAY_WEIGHTS = dict(alpha=0.0, beta=0.3)
 
 
 def spell_flag(

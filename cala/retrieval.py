@@ -545,7 +545,7 @@ def add_ranks(
 class Result(dict):
     "Metrics and what they were measured on, ready for JSON; `.ranks` is the table behind them, one row per query."
 
-    ranks: pd.DataFrame | None = None
+    ranks: Any = None  # a table, one row per query
 
 
 def average(
@@ -693,8 +693,9 @@ def evaluate(
     **options: Any,  # batch_size, device, workers, keep and progress of `embed`
 ) -> Result:  # with `.ranks`
     "Embed, rank and summarise; a data set with metrics of its own has a method `evaluate`."
-    if hasattr(dataset, "evaluate"):
-        return dataset.evaluate(model, **options)
+    measure_own = getattr(dataset, "evaluate", None)
+    if measure_own is not None:
+        return measure_own(model, **options)
     datasets = as_list(dataset)
     for each in datasets:
         read_targets(each)

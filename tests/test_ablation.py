@@ -189,3 +189,48 @@ def test_the_committed_rows_are_of_these_arms():
 
 def test_the_default_recipe_is_cala():
     assert Recipe().objective == RECIPES["cala"]["objective"]
+
+
+def test_the_readme_shows_the_committed_effects():
+    rows = pd.read_csv(COMMITTED / "rows.csv")
+    trained = len(rows)
+    rows = ablation.add_second_stage(rows[rows.setting == "standard"])
+    readme = (COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = ("QTM at scale 100", "QTM at scale 6, 25% more steps", "+CTR pairs", "+CTR pairs, weight 1, ranked again")
+    for metric, worlds in (
+        ("kept_mean", ("cirr", "cirr_hard", "fashioniq")),
+        ("kept_group_recall_at1", ("cirr", "cirr_hard")),
+    ):
+        effects = ablation.compute_effects(rows, metric).set_index(["arm", "world"])
+        for arm in shown:
+            cells = []
+            for world in worlds:
+                effect = effects.loc[(arm, world)]
+                cells.append(f"{effect['mean']:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})")
+            assert " | ".join(cells) in readme, (metric, arm)
+    assert f"{trained} short trainings" in readme
+
+
+def test_the_committed_rows_hold_what_the_readme_concludes():
+    rows = pd.read_csv(COMMITTED / "rows.csv")
+    rows = ablation.add_second_stage(rows[rows.setting == "standard"])
+
+    def read_effects(metric, against=ablation.BASELINE):
+        return ablation.compute_effects(rows, metric, against).set_index(["arm", "world"])
+
+    mean, similar = read_effects("kept_mean"), read_effects("kept_group_recall_at1")
+    for world in ("cirr", "cirr_hard", "fashioniq"):
+        best = mean.xs(world, level="world")["mean"].max()
+        assert -mean.loc[("QTM at scale 100", world), "mean"] > best
+    for arm in ("released mixture at scale 6", "+TBIA +CTR raw, weights 0.1, at scale 6"):
+        assert mean.loc[(arm, "cirr"), "high"] < 0 and mean.loc[(arm, "fashioniq"), "high"] < 0
+    for world in ("cirr", "cirr_hard"):
+        for arm in ("+CTR pairs", "+CTR pairs, weight 1"):
+            again = f"{arm}, ranked again"
+            assert 0 < similar.loc[(arm, world), "low"]
+            assert similar.loc[(arm, world), "mean"] < similar.loc[(again, world), "mean"]
+            control = similar.loc[("+matching head, weight 1, ranked again", world), "mean"]
+            assert control < similar.loc[(again, world), "mean"]
+    equal_compute = read_effects("kept_mean", "QTM at scale 6, 25% more steps")
+    assert equal_compute.loc[("+CTR pairs", "cirr_hard"), "high"] < 0
+    assert mean.loc[("+CTR pairs, weight 1", "fashioniq"), "mean"] < 0.1

@@ -570,13 +570,13 @@ def report(
 
 def rank_again(
     run: Any,  # `Run`, a finished training with a compositor that can rank again
-    kept: list,  # of `open_kept_world`
+    kept_world: list,  # of `open_kept_world`
 ) -> dict[str, float]:  # again_<metric> on the kept world, and the weight
     "Choose the weight of the second ranking on validation data, and measure it on the kept world."
     data = open_split(run.recipe, "val", run.model.backbone.transform())
     use_caches(run.model, data, "tokens", run.recipe.cache_dir)
     weight = best_weight(sweep_weights(run.model, data, progress=False))
-    result = evaluate_again(Reranker(run.model, weight=weight), kept, progress=False)
+    result = evaluate_again(Reranker(run.model, weight=weight), kept_world, progress=False)
     return report("again", result) | dict(again_weight=weight)
 
 
@@ -590,11 +590,11 @@ def run_job(
     with tempfile.TemporaryDirectory() as output:
         run, probes = train_job(job, folder, output)
     seconds = time.process_time() - start
-    kept = open_kept_world(folder, job.world, job.seed, run.model)
+    kept_world = open_kept_world(folder, job.world, job.seed, run.model)
     row = dict(setting=job.setting, world=job.world, seed=job.seed, arm=job.arm, steps=len(run.log))
-    row |= report("val", run.metrics[-1]) | report("kept", evaluate(run.model, kept, progress=False))
+    row |= report("val", run.metrics[-1]) | report("kept", evaluate(run.model, kept_world, progress=False))
     if getattr(run.model.compositor, "reads", None) == "feature":
-        row |= rank_again(run, kept)
+        row |= rank_again(run, kept_world)
     losses = pd.DataFrame(run.log).tail(10)[["loss", "qtm", "tbia", "ctr"]].mean()
     row |= {f"end_{name}": round(value, 4) for name, value in losses.items()}
     return row | dict(seconds=round(seconds, 1), recipe=spell_command(run.recipe, job.flags)), probes

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import pandas as pd
 import torch
@@ -150,7 +151,7 @@ def open_splits(
     recipe: CombinerRecipe,  # names the data set
 ) -> tuple[Triplets, Triplets]:
     "The training split and the validation split; `CalaError` if pictures are missing."
-    options = dict(categories=recipe.categories, seed=recipe.seed, follow_links=recipe.follow_links)
+    options: dict[str, Any] = dict(categories=recipe.categories, seed=recipe.seed, follow_links=recipe.follow_links)
     train = open_dataset(recipe.dataset, recipe.data_root, "train", **options)
     val = open_dataset(recipe.dataset, recipe.data_root, "val", protocol=recipe.protocol, **options)
     return train.require_pictures(recipe.allow_missing), val.require_pictures(recipe.allow_missing)

@@ -58,7 +58,7 @@ class ModelFlags:
 class RerankFlags:
     "Whether the best pictures are ranked again."
 
-    rerank: int | None = None  # rank so many of the best pictures again by CTR; for checkpoints of --ctr pairs
+    rerank: int | None = None  # rank this many of the best pictures again by CTR; for checkpoints of --ctr pairs
     rerank_weight: float | None = None  # of CTR in the second ranking; None: cala-validate chooses it
 
 

@@ -332,8 +332,9 @@ def fill_flags(
     recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
     types = dict(transform=str, target_ratio=(int, float), dataset=str)
-    if getattr(flags, "transform", None) is not None:
-        flags.transform = flags.transform.lower()
+    transform = getattr(flags, "transform", None)
+    if transform is not None:
+        vars(flags)["transform"] = transform.lower()
     for name, default in defaults.items():
         if not hasattr(flags, name) or getattr(flags, name) is not None:
             continue

@@ -27,7 +27,7 @@ def shuffle_targets(
     data: Triplets,  # to train on; changed in place
     ratio: float,  # share of the triplets that is shuffled, 0 to 1
     seed: int,
-) -> dict[int, str]:  # number of each triplet that is wrong now -> name of its true target
+) -> dict[int, str | None]:  # number of each triplet that is wrong now -> name of its true target
     "Shuffle the targets of some triplets among themselves."
     count = round(ratio * len(data))
     chosen = random.Random(f"noise {seed}").sample(range(len(data)), count)  # in random order
@@ -63,8 +63,8 @@ def wins_batches(
 @torch.no_grad()
 def measure_fit(
     model: Any,  # CaLa
-    data: Triplets,  # that it was trained on
-    wrong: dict[int, str],  # from `shuffle_targets`
+    data: Any,  # `Triplets` that it was trained on
+    wrong: dict[int, str | None],  # from `shuffle_targets`
     recipe: Recipe,  # batch_size, neighbours and seed of the training
     **options: Any,  # batch_size, device, workers, keep and progress of `embed`
 ) -> pd.DataFrame:  # rows: right triplets; wrong ones by their wrong and by their true target

@@ -226,8 +226,8 @@ def stop_run(
     state = "nothing was kept (--no-save-training)"
     if resume is not None:
         learner.callback("save")
-        kept = count_things(len(learner.log), "step is", "steps are")
-        state = f"{kept} kept, go on with --resume {resume.output}"
+        steps = count_things(len(learner.log), "step is", "steps are")
+        state = f"{steps} kept, go on with --resume {resume.output}"
     if not learner.accelerator.is_main_process:
         raise SystemExit(2)
     raise CalaError("; ".join(part for part in (reason, state, advice) if part))
