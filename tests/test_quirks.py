@@ -267,7 +267,9 @@ def test_clip_tac_has_a_learned_class_token(clip):
     model = CaLa(clip, hca_weight=0.0)
     assert model.compositor.class_token.requires_grad and "compositor.class_token" in model.state_dict()
     a, b = (clip.image(clip.trunk(pictures(2, clip.size, seed))).tokens.detach() for seed in (0, 1))
-    torch.testing.assert_close(model.compositor(a, b), model.compositor(a, b), atol=0, rtol=0)  # not drawn at every pass
+    torch.testing.assert_close(
+        model.compositor(a, b), model.compositor(a, b), atol=0, rtol=0
+    )  # not drawn at every pass
     model.compositor(a, b).sum().backward()
     assert model.compositor.class_token.grad.abs().sum() > 0
 

@@ -218,7 +218,9 @@ def spoiled(monkeypatch, how, at=3):
 
 SPOILED = dict(
     loss=lambda model, total: total * float("nan"),
-    gradient=lambda model, total: total + (0 * model.compositor.reference_as_query_attention.in_proj_weight).sum().sqrt(),
+    gradient=lambda model, total: (
+        total + (0 * model.compositor.reference_as_query_attention.in_proj_weight).sum().sqrt()
+    ),
 )
 
 
