@@ -238,7 +238,7 @@ class CaLa(nn.Module):
         z_tbia = z_ctr = None
         if vectors.hca is not None:
             z_tbia = association_logits(vectors.hca, vectors.f_r, self.tbia_scale, self.normalise)
-        if vectors.pair is not None:
+        if vectors.pair is not None and vectors.pair_query is not None:
             z_ctr = association_logits(vectors.pair_query, vectors.pair, self.ctr_scale, self.normalise)
         f_t = vectors.f_t
         if gallery is not None:
@@ -301,7 +301,7 @@ class CaLa(nn.Module):
         candidates: torch.Tensor,  # (Q, K, d) features of pictures of the gallery
     ) -> torch.Tensor:  # (Q, K)
         "CTR logits of candidates, each in a pair with the query's own reference (lesson 11)."
-        if getattr(self.compositor, "reads", None) != "feature":
+        if self.compositor is None or self.compositor.reads != "feature":
             raise CalaError("--rerank needs a model that was trained with --ctr pairs and a weight of CTR above 0")
         queries = self.compositor.query(f_r, f_c)[:, None]  # (Q, 1, d)
         pairs = self.compositor(references[:, None], candidates)  # (Q, K, d)

@@ -15,6 +15,7 @@ from ..library.flags import check_least
 from ..library.flags import check_rates
 from ..library.report import write_report
 from ..recipe import CACHES
+from ..recipe import CacheName
 
 # %% ../../nbs/commands/demo.ipynb #4319de19
 @dataclass
@@ -33,7 +34,7 @@ class Demo:
     learning_rate: float = 1.5e-3  # learning rate of stage 2
     seed: int = 0  # random seed of world, weights and order
     threads: int = 1  # torch threads of each process
-    cache: Literal[CACHES] = "tokens"  # of all runs: off, tokens or auto, as for cala-train
+    cache: CacheName = "tokens"  # of all runs: off, tokens or auto, as for cala-train
     report: bool = True  # write report.html
 
     def __post_init__(self):
