@@ -452,3 +452,16 @@ def test_hand_and_program_move_the_same_widget(world):
             assert [button.position for button in explorer.answers[name]] == ranking.order[:3]
         assert {name for name, box in explorer.voters.items() if box.value} == explorer.added
     assert bytes(explorer.question.image.value).startswith(b"\x89PNG")
+
+
+def test_the_pair_compositor_votes_with_the_features_of_the_gallery():
+    backbone = make_backbone("tiny", vocabulary=["red", "blue"], width=32, heads=2, layers=2)
+    model = CaLa(backbone, objective="two_way", alpha=0.0, beta=0.3).eval()
+    pictures = torch.randn(5, 3, 48, 48)
+    with torch.no_grad():
+        gallery = backbone.image(model.tokens(pictures))
+        votes = association_votes(model, pictures[:1], "red", gallery.tokens, {"CTR"}, gallery.feature)
+        f_r, f_c = model.embed_queries(pictures[:1], ["red"])
+        expected = model.score_pairs(f_r, f_c, gallery.feature[:1], gallery.feature[None])[0]
+    torch.testing.assert_close(votes["z_ctr"], expected)
+    assert votes["z_ctr"].shape == (5,) and votes["z_ctr"].std() > 0

@@ -208,6 +208,8 @@ def association_votes(
     caption: str,  # the modification text
     targets: Tensor,  # (n, L, d) image tokens of the gallery
     which: set[str],  # TBIA, CTR or both
+    features: Tensor
+    | None = None,  # (n, d) of the gallery, for a compositor that reads features; None: the first tokens
 ) -> dict[str, Tensor]:  # z_tbia and z_ctr, (n,) each, as far as `which` names them
     "Logits of the associations for one query and every picture of a gallery, as if it were the target."
     backbone = model.backbone
@@ -220,8 +222,14 @@ def association_votes(
         hca = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets, mask)
         logits["z_tbia"] = association_logits(hca, F_r.feature, model.tbia_scale, model.normalise)[:, 0]
     if "CTR" in which and model.compositor is not None:
-        tac = model.compositor(backbone.image(tokens).tokens.expand(count, -1, -1), targets)
-        logits["z_ctr"] = association_logits(tac, F_c.feature, model.ctr_scale, model.normalise)[:, 0]
+        alone = backbone.image(tokens)
+        if model.compositor.reads == "feature":
+            candidates = targets[:, 0] if features is None else features
+            logits["z_ctr"] = model.score_pairs(F_r.feature, F_c.feature, alone.feature, candidates[None])[0]
+        else:
+            pairs = model.compositor(alone.tokens.expand(count, -1, -1), targets)
+            query = model.compositor.query(F_r.feature, F_c.feature)
+            logits["z_ctr"] = association_logits(pairs, query, model.ctr_scale, model.normalise)[:, 0]
     return logits
 
 
@@ -341,7 +349,8 @@ class QueryExplorer(Movable):
             if name not in self.tokens:
                 backbone = model.backbone
                 self.tokens[name] = embed_gallery(model, self.dataset, lambda tokens: backbone.image(tokens).tokens)
-            votes = association_votes(model, picture, caption, self.tokens[name][rivals], voting)
+            features = self.features[name][rivals]
+            votes = association_votes(model, picture, caption, self.tokens[name][rivals], voting, features)
             return joint_scores(model, z_qtm, **votes).cpu()
 
     def rank(
