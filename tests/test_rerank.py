@@ -81,6 +81,9 @@ def test_a_submission_holds_the_order_of_the_second_ranking(place, tmp_path):
         (validate, "pairs", ["--rerank", 0], "--rerank 0: give 1 candidate or more"),
         (validate, "pairs", ["--rerank", 5, "--rerank-weight", -1], "--rerank-weight -1.0: give 0 or more"),
         (submit, "pairs", ["--rerank", 10], "--rerank 10 needs --rerank-weight"),
+        (validate, "pairs", ["--rerank-weight", 0.5], "--rerank-weight belongs to --rerank"),
+        (submit, "pairs", ["--rerank-weight", 0.5], "--rerank-weight belongs to --rerank"),
+        (validate, "pairs", ["--dataset", "CIRCO", "--rerank", 10], "--rerank: CIRCO is not ranked again yet"),
     ],
 )
 def test_a_mistake_is_one_line(place, main, checkpoint, words, message, tmp_path, capsys):

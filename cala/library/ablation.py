@@ -110,7 +110,7 @@ class TACWithText(TwinAttentionCompositor):
         reference: torch.Tensor,  # (B, d), not used
         text: torch.Tensor,  # (B, d)
     ) -> torch.Tensor:  # (B, d)
-        "A linear layer on the captions' features."
+        "The linear layer on the captions' features."
         return self.text(text)
 
 
@@ -118,6 +118,7 @@ class TACWithSides(nn.Module):
     "Each token beside what it found in the other picture, with both pictures kept apart."
 
     reads = "tokens"
+    query = PairCompositor.query  # the linear layer `text` on the captions' features
 
     def __init__(
         self,
@@ -130,14 +131,6 @@ class TACWithSides(nn.Module):
         self.target = nn.Linear(2 * dim, dim)
         self.output = nn.Linear(2 * dim, dim)
         self.text = nn.Linear(dim, dim)
-
-    def query(
-        self,
-        reference: torch.Tensor,  # (B, d), not used
-        text: torch.Tensor,  # (B, d)
-    ) -> torch.Tensor:  # (B, d)
-        "A linear layer on the captions' features."
-        return self.text(text)
 
     def forward(
         self,
@@ -156,6 +149,7 @@ class AllTokens(nn.Module):
     "`PairCompositor` on all tokens: a few numbers of each token, then all of them together."
 
     reads = "tokens"
+    query = PairCompositor.query  # the linear layer `text` on the captions' features
 
     def __init__(
         self,
@@ -173,14 +167,6 @@ class AllTokens(nn.Module):
         self.target = make_reader()
         self.output = nn.Linear(hidden, dim)
         self.text = nn.Linear(dim, dim)
-
-    def query(
-        self,
-        reference: torch.Tensor,  # (B, d), not used
-        text: torch.Tensor,  # (B, d)
-    ) -> torch.Tensor:  # (B, d)
-        "A linear layer on the captions' features."
-        return self.text(text)
 
     def forward(
         self,

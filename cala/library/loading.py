@@ -346,6 +346,8 @@ def fill_flags(
     if hasattr(given, "protocol"):
         given.protocol = given.protocol.lower()
     check_data_flags(given)
+    if getattr(given, "rerank_weight", None) is not None and given.rerank is None:
+        raise CalaError("--rerank-weight belongs to --rerank; give both, or leave both out")
     if getattr(given, "device", None) is not None:
         find_device(given.device)  # before data and weights are read
     return flags
@@ -366,6 +368,8 @@ def open_split(
     if name == "circo":
         if gallery_of != "split":
             raise CalaError("--gallery: both splits of CIRCO have one gallery; leave it out")
+        if getattr(flags, "rerank", None) is not None:
+            raise CalaError("--rerank: CIRCO is not ranked again yet; leave the flag out")
         return CIRCO(flags.data_root, split, shared_concept=flags.shared_concept, follow_links=flags.follow_links)
     if flags.shared_concept:
         raise CalaError("--shared-concept: only CIRCO has shared concepts; leave it out")

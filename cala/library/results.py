@@ -11,7 +11,6 @@ import torch
 
 from .. import __version__
 from ..data import Triplets
-from ..errors import CalaError
 from ..errors import count_things as count_things
 from ..model import CaLa
 from ..rerank import Reranker
@@ -62,8 +61,6 @@ def measure_again(
     dataset: Triplets,  # CIRR or FashionIQ
 ) -> Result:
     "The model with its best candidates ranked again; a weight that is not given is chosen on the same queries."
-    if isinstance(dataset, CIRCO):
-        raise CalaError("--rerank: CIRCO is not ranked again yet; leave the flag out")
     weight = flags.rerank_weight
     if weight is None:
         weight = best_weight(sweep_weights(model, dataset, flags.rerank or 0, embedded=[embedded]))
