@@ -179,7 +179,7 @@ def test_the_first_error_of_a_parallel_run_is_raised():
 
 def test_the_committed_rows_are_of_these_arms():
     rows = pd.read_csv(COMMITTED / "rows.csv")
-    settings = ablation.all_settings(("cirr", "fashioniq", "cirr_hard"))
+    settings = ablation.all_settings(("cirr", "fashioniq", "cirr_hard", "fashioniq_hard"))
     assert set(rows.arm) <= set(ablation.all_arms())
     assert set(rows.setting) <= {name for part in settings.values() for name in part}
     for _, row in rows.groupby("arm").head(1).iterrows():

@@ -7,10 +7,10 @@ __all__ = ['QTM_ALONE', 'SCALES', 'BEST_SCALE', 'BASELINE', 'HEADLINE_ARMS', 'BA
            'KEPT_WORLD', 'STAGE1_WORLD', 'PLACES', 'PROBED_STEPS', 'REPORTED', 'AGAIN', 'scale_arms', 'TACWithText',
            'TACWithSides', 'AllTokens', 'MatchingHead', 'register_compositors', 'ctr_arms', 'all_arms', 'Setting',
            'condition_settings', 'where_settings', 'all_settings', 'Job', 'list_jobs', 'draw_world', 'dataset_name',
-           'train_stage1', 'make_recipe', 'spell_command', 'probe_scale', 'Probing', 'open_kept_world', 'train_job',
-           'report', 'rank_again', 'run_job', 'prepare_world', 'write_row', 'read_rows', 'run_parallel', 'run_ablation',
-           'add_second_stage', 'pair_differences', 'bootstrap_interval', 'compute_effects', 'draw_effects',
-           'compare_effects', 'describe_agreement']
+           'stage1_world', 'train_stage1', 'make_recipe', 'spell_command', 'probe_scale', 'Probing', 'open_kept_world',
+           'train_job', 'report', 'rank_again', 'run_job', 'prepare_world', 'write_row', 'read_rows', 'run_parallel',
+           'run_ablation', 'add_second_stage', 'pair_differences', 'bootstrap_interval', 'compute_effects',
+           'draw_effects', 'compare_effects', 'describe_agreement']
 
 # %% ../../nbs/library/ablation.ipynb #ecaf1bb3
 import json
@@ -248,7 +248,7 @@ BASE: dict[str, Any] = dict(
     encoder_arch="tiny", encoder="both", triplets=1000, batch_size=64, num_epochs=8, learning_rate=1e-3
 )
 WORLD_FLAGS: dict[str, dict[str, Any]] = dict(
-    cirr={}, cirr_hard={}, fashioniq=dict(triplets=300, num_epochs=26)
+    cirr={}, cirr_hard={}, fashioniq=dict(triplets=300, num_epochs=26), fashioniq_hard=dict(triplets=300, num_epochs=26)
 )  # 1,000 triplets would make FashionIQ's world too easy
 SWEEP_ARMS = tuple(f"QTM at scale {scale}" for scale in (20, 10, 6, 3))
 
@@ -294,7 +294,7 @@ def where_settings() -> dict[str, Setting]:
 
 
 def all_settings(
-    worlds: tuple,  # of cirr, cirr_hard, fashioniq
+    worlds: tuple,  # of cirr, cirr_hard, fashioniq, fashioniq_hard
 ) -> dict[str, dict[str, Setting]]:
     "Everything that can be run: part -> {name: setting}."
     probed = Setting(arms=("QTM at scale 100", *SWEEP_ARMS), seeds=2)
@@ -350,7 +350,7 @@ def list_jobs(
 
 # %% ../../nbs/library/ablation.ipynb #a0b924d7
 SIZES = dict(
-    train=500, stage1=1800, cirr=167, cirr_hard=333, fashioniq=250, steps=800
+    train=500, stage1=1800, cirr=167, cirr_hard=333, fashioniq=250, fashioniq_hard=250, steps=800
 )  # groups or garments; steps of stage 1
 KEPT_WORLD = 1000  # added to a seed: the world that is kept for the report
 STAGE1_WORLD = 2000  # the world of stage 1
@@ -358,7 +358,7 @@ STAGE1_WORLD = 2000  # the world of stage 1
 
 def draw_world(
     folder: Path,  # of the ablation
-    world: str,  # cirr, cirr_hard or fashioniq
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
     seed: int,  # + KEPT_WORLD: validation only; STAGE1_WORLD: training only
 ) -> Path:
     "Draw a world unless it is there; returns its data root."
@@ -367,26 +367,34 @@ def draw_world(
         train, val = SIZES["stage1"], 0
     else:
         train, val = SIZES["train"] if seed < KEPT_WORLD else 0, SIZES[world]
-    if world == "fashioniq":
-        draw_fashioniq(root, train=train, val=val, test=0, seed=seed)
+    if world.startswith("fashioniq"):
+        draw_fashioniq(root, train=train, val=val, test=0, seed=seed, hard=world == "fashioniq_hard")
     else:
         draw_cirr(root, train=train, val=val, test1=0, seed=seed, hard=world == "cirr_hard")
     return root
 
 # %% ../../nbs/library/ablation.ipynb #9d2af086
 def dataset_name(
-    world: str,  # cirr, cirr_hard or fashioniq
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
 ) -> Any:  # CIRR or FashionIQ
     "The data set whose layout a world has."
     return NAMES[world.removesuffix("_hard")]
 
 
+def stage1_world(
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
+) -> str:
+    "The world whose captions stage 1 reads; garments of both FashionIQ worlds look alike and have the same captions."
+    return "fashioniq" if world == "fashioniq_hard" else world
+
+
 def train_stage1(
     folder: Path,  # of the ablation
-    world: str,  # cirr, cirr_hard or fashioniq
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
     width: int = 96,  # of the backbone
 ) -> Path:
     "Train the stage-1 backbone of a world unless it is there; returns its file."
+    world = stage1_world(world)
     path = folder / "backbones" / f"{world}-{width}.safetensors"
     made = dict(world=world, steps=SIZES["steps"], width=width)
     if made_with(path, made):
@@ -514,7 +522,7 @@ REPORTED = (
 
 def open_kept_world(
     folder: Path,  # of the ablation
-    world: str,  # cirr or fashioniq
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
     seed: int,
     model: CaLa,  # its trunk and transform make the cached tokens
 ) -> list:
@@ -587,7 +595,7 @@ def run_job(
 
 # %% ../../nbs/library/ablation.ipynb #f2a1b25c
 def prepare_world(
-    world: str,  # cirr, cirr_hard or fashioniq
+    world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
     seed: int,
     width: int,  # of the backbone
     folder: Path,  # of the ablation
@@ -658,7 +666,7 @@ def run_ablation(
     workers = ablation.workers or os.cpu_count() or 1
     jobs = [job for job in list_jobs(ablation) if not (folder / "rows" / job.file_name).exists()]
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    backbones = sorted({(job.world, job.width) for job in jobs})
+    backbones = sorted({(stage1_world(job.world), job.width) for job in jobs})
     shared = sorted({(job.seed, job.world, job.width) for job in jobs})
     run_parallel(train_stage1, [(folder, *backbone) for backbone in backbones], workers, "stage 1")
     run_parallel(prepare_world, [(world, seed, width, folder) for seed, world, width in shared], workers, "worlds")

@@ -187,7 +187,7 @@ def check_combiner_recipe(
 
 
 ABLATION_PARTS = ("scale", "ctr", "headline", "conditions", "where", "reasons", "slice")
-ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard")
+ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard", "fashioniq_hard")
 
 
 @dataclass
@@ -197,7 +197,9 @@ class Ablation:
     parts: Words = (
         "scale,ctr,headline,conditions,where,reasons"  # questions, separated by commas; slice: a few arms, in minutes
     )
-    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; cirr_hard has larger scenes and two edits a sentence
+    worlds: Words = (
+        "cirr,fashioniq,cirr_hard,fashioniq_hard"  # drawn data sets; the hard ones have more to read and more rivals
+    )
     seeds: int = 5  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
     workers: int | None = None  # processes of one torch thread each; None: one a core
