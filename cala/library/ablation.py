@@ -274,6 +274,7 @@ def condition_settings() -> dict[str, Setting]:
         "batch of 256": dict(batch_size=256, num_epochs=32),
         "300 triplets": dict(triplets=300, num_epochs=26),
         "3000 triplets": dict(triplets=3000, num_epochs=3),
+        "3000 triplets, three times the steps": dict(triplets=3000, num_epochs=8),
     }
     conditions = {name: Setting(changed, SWEEP_ARMS, seeds=2) for name, changed in flags.items()}
     for width in (48, 192):
