@@ -288,6 +288,7 @@ def where_settings() -> dict[str, Setting]:
         "frozen target encoder": dict(encoder="multi"),
         "three times the steps": dict(num_epochs=24),
         "3000 triplets": dict(triplets=3000, num_epochs=3),
+        "3000 triplets, three times the steps": dict(triplets=3000, num_epochs=8),
         "20% wrong triplets": dict(noise_ratio=0.2),
         "50% wrong triplets": dict(noise_ratio=0.5),
     }
