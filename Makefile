@@ -87,8 +87,10 @@ browser: install ## open the tutorials in a real JupyterLab: run every cell, mov
 gpu: install     ## on a machine with a GPU: tests, times and memory beside the limits of the GPU, in 8 minutes (DRY=1: on the CPU, small)
 	$(BIN)/python -m cala.scripts.benchmark --gpu $(if $(DRY),--dry) --output $(or $(OUTPUT),gpu)
 
-wheel: install   ## build sdist and wheel, install the wheel in a new environment, and run the commands there
-	$(BIN)/python .ci/wheel.py
+# Versions of Python in which `make wheel` installs the wheel: one with LAVIS, one without.
+PYTHONS ?= 3.10 3.13
+wheel: install   ## build sdist and wheel, install the wheel in clean environments, and run the commands there (12 GB; BORROW=1: two minutes)
+	$(BIN)/python .ci/wheel.py $(if $(BORROW),--borrow,--python $(PYTHONS)) --output dist
 
 docs: install    ## make the site into _docs: notebooks with their outputs, names, search; nothing is run
 	@$(BIN)/python -c "import furo, myst_nb, ziamath" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
