@@ -3,7 +3,7 @@
 python .ci/wheel.py                       with this Python; everything is installed anew from the package index (6 GB)
 python .ci/wheel.py --python 3.10 3.13    with these; each is looked for in PATH and among the Pythons of pyenv
 python .ci/wheel.py --borrow              with this Python and the dependencies of this environment (two minutes)
-python .ci/wheel.py --output DIST         keep sdist, wheel and the table of results there
+python .ci/wheel.py --output DIST         keep sdist and wheel there
 
 The wheel is built from the sdist, so that a file which the sdist lacks is noticed. The commands run in a folder whose
 name has a blank and letters outside ASCII, without HOME and with LC_ALL=C. They may not write into the installed
@@ -287,6 +287,8 @@ def check_commands(
     "Run every command with --help, and then with the flags of `RUNS`."
     environment = dict(os.environ) if os.name == "nt" else {"PATH": os.defpath, "LC_ALL": "C"}
     environment |= {"OMP_NUM_THREADS": "1"}
+    if "LD_LIBRARY_PATH" in os.environ:  # where GitHub's Pythons have their shared library
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     if checks.environment.startswith("borrowed"):
         environment["JUPYTER_PATH"] = str(Path(sys.prefix, "share/jupyter"))  # templates of the report
     folder.mkdir()
@@ -379,7 +381,7 @@ def main() -> None:
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", nargs="+", default=[own], metavar="VERSION", help="versions, such as 3.10 3.13")
     parser.add_argument("--borrow", action="store_true", help="use the dependencies of this environment")
-    parser.add_argument("--output", type=Path, help="keep sdist, wheel and table.md in this folder")
+    parser.add_argument("--output", type=Path, help="keep sdist and wheel in this folder")
     args = parser.parse_args()
     if args.borrow and args.python != [own]:
         parser.error("--borrow takes what is installed for this Python; leave out --python")
@@ -403,12 +405,15 @@ def main() -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             for file in distributions:
                 shutil.copy2(file, args.output)
-            (args.output / "table.md").write_text(write_table(rows), encoding="utf-8")
     except Fault as fault:
         print(f"the build failed: {fault}", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\n" + write_table(rows))
+    table = write_table(rows)
+    print(f"\n{table}")
+    if "GITHUB_STEP_SUMMARY" in os.environ:  # the page of the job
+        with open(os.environ["GITHUB_STEP_SUMMARY"], "a", encoding="utf-8") as summary:
+            summary.write(table)
     faults = [row for row in rows if not row.result.startswith(("ok", "not tested"))]
     if faults:
         raise SystemExit(f"FAILED: Python {faults[0].python}, {faults[0].typed}: {faults[0].result}")
