@@ -7,9 +7,9 @@ python .ci/wheel.py --output DIST         keep sdist and wheel there
 
 The wheel is built from the sdist, so that a file which the sdist lacks is noticed. The commands run in a folder whose
 name has a blank and letters outside ASCII, without HOME and with LC_ALL=C. They may not write into the installed
-package: started by root, they run as the user nobody, to whom that folder belongs as little as the home folder of root;
-started by another user, they run as that user, and the folder is write-protected. At the end the tests of the unpacked
-sdist are collected, and those that read the project's files are run.
+package: if root starts this program, they run as the system's user without rights, whom root's files are closed to; else
+they run as this user, and the package is write-protected. At the end the tests of the unpacked sdist are
+collected, and those that read the project's files are run.
 """
 
 import argparse
@@ -86,13 +86,14 @@ class Fault(Exception):
 def choose_account(
     is_borrowed: bool,  # the dependencies may lie where only this user reads them
 ) -> Account:
-    "The user nobody where this user may act as others, else this user."
+    "The user without rights where this user may act as others, else this user."
     if os.name == "nt" or os.geteuid() != 0 or is_borrowed:
         return THIS_USER
     import pwd
 
-    nobody = pwd.getpwnam("nobody")
-    return Account("nobody", dict(user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[]))
+    name = "nobody"  # of the user without rights, on every Unix
+    user = pwd.getpwnam(name)
+    return Account(name, dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[]))
 
 
 class Checks:
@@ -386,7 +387,7 @@ def main() -> None:
     if args.borrow and args.python != [own]:
         parser.error("--borrow takes what is installed for this Python; leave out --python")
     folder = Path(tempfile.mkdtemp(prefix="cala-wheel-"))
-    folder.chmod(0o755)  # the user nobody passes through
+    folder.chmod(0o755)  # another user passes through
     building = Checks(own, "this environment")
     rows = building.rows
     try:
