@@ -73,7 +73,7 @@ class GradCache(Callback):
         wrapper = learner.accelerator.unwrap_model(learner.model)
         assert isinstance(wrapper, AcrossProcesses), "GradCache needs a model in AcrossProcesses"
         with learner.accelerator.autocast():
-            return wrapper.lose(self.vectors, **learner.more_inputs)
+            return wrapper.compute_losses(self.vectors, **learner.more_inputs)
 
     def backward(self, learner: Learner):
         "Step 3: the gradient, piece by piece."

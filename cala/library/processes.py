@@ -96,11 +96,11 @@ class AcrossProcesses(nn.Module):
         "Losses, or a scalar whose gradient is that of a loss computed before."
         vectors = self.core.embed(reference, captions, target)
         if pull is None:
-            return self.lose(vectors, gallery, positions)
+            return self.compute_losses(vectors, gallery, positions)
         parts = [(vector * part).sum() for vector, part in zip(vectors, pull) if part is not None]
         return torch.stack(parts).sum()
 
-    def lose(
+    def compute_losses(
         self,
         vectors: Vectors,  # of this process
         gallery: torch.Tensor | None = None,
@@ -112,7 +112,7 @@ class AcrossProcesses(nn.Module):
             if positions is not None:
                 gathered: Any = GatherWithGradient.apply(positions[None])
                 positions = gathered[0]
-        return self.core.lose(self.core.compare(vectors, gallery, positions))
+        return self.core.compute_losses(self.core.compare(vectors, gallery, positions))
 
 # %% ../../nbs/library/processes.ipynb #bef1ca72
 def freeze_unused(

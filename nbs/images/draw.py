@@ -902,39 +902,41 @@ def draw_step() -> Figure:
     "The data flow of a training step."
     description = (
         "A batch of texts and pictures goes through the frozen trunk and through embed, which gives five vectors for "
-        "each triplet: f_r, f_c, f_t, HCA and TAC. compare makes three B by B score matrices of them, lose makes one "
-        "loss. Gradients flow back as far as the encoders, not into the trunk."
+        "each triplet: f_r, f_c, f_t, HCA and TAC. compare makes three B by B score matrices of them, compute_losses "
+        "makes one loss. Gradients flow back as far as the encoders, not into the trunk."
     )
     figure = Figure(900, 575, "The data flow of a training step", description)
     figure.heading("The data flow of a training step")
-    figure.bracket(24, 505, 76, "each triplet by itself: row i depends on triplet i only")
-    figure.bracket(565, 880, 76, "all triplets of the batch together")
+    figure.bracket(24, 490, 76, "each triplet by itself: row i depends on triplet i only")
+    figure.bracket(533, 880, 76, "all triplets of the batch together")
     top, height = 116, 294
     figure.box(24, 134, 112, 60, "*texts c", "B sentences", look="c")
     figure.box(24, 232, 112, 60, "*references r", "(B, 3, H, W)", look="r")
     figure.box(24, 328, 112, 60, "*targets t", "(B, 3, H, W)", look="t")
     trunk = figure.box(172, 218, 78, 184, "*trunk", "frozen", look="frozen")
     figure.lock(trunk.middle_x, trunk.middle_y - 32)
-    embed = figure.box(338, top, 112, height, "*embed", "E_{m}, E_{c}, E_{t}", "HCA, TAC")
-    compare = figure.box(565, top, 108, height, "*compare", "frame (QTM)", "and products", "(TBIA, CTR)", size=13)
-    lose = figure.box(800, top, 80, height, "*lose", "objective:", "released", "or paper")
+    embed = figure.box(326, top, 112, height, "*embed", "E_{m}, E_{c}, E_{t}", "HCA, TAC")
+    compare = figure.box(533, top, 108, height, "*compare", "frame (QTM)", "and products", "(TBIA, CTR)", size=13)
+    losses = figure.box(
+        756, top, 124, height, "*compute_losses", "objective:", "released,", "paper", "or two_way", size=13
+    )
     figure.path((136, 164), (embed.x, 164), look="c")
     for y, look in ((262, "r"), (358, "t")):
         figure.path((136, y), (trunk.x, y), look=look)
         figure.path((trunk.right, y), (embed.x, y), look=look)
-        figure.text(294, y - 14, f"V_{{{look}}}", 16, bold=True)
-        figure.text(294, y + 15, "(B, N, w)", 13, muted=True)
+        figure.text(288, y - 14, f"V_{{{look}}}", 16, bold=True)
+        figure.text(288, y + 15, "(B, N, w)", 13, muted=True)
     for n, (name, look) in enumerate((("f_{r}", "r"), ("f_{c}", "c"), ("f_{t}", "t"), ("HCA", ""), ("TAC", ""))):
         y = top + 40 + 54 * n
         figure.path((embed.right, y), (compare.x, y), look=look)
-        figure.text(500, y - 14, f"{name}  (B, d)")
+        figure.text(482, y - 14, f"{name}  (B, d)")
     for y, name in ((170, "z_{qtm}"), (266, "z_{tbia}"), (362, "z_{ctr}")):
-        figure.path((compare.right, y), (712, y))
-        figure.scores(712, y - 22, 44)
-        figure.path((756, y), (lose.x, y))
-        figure.text(734, y - 35, name, 15, bold=True)
-        figure.text(734, y + 35, "(B, B)", 13, muted=True)
-    draw_backward(figure, trunk, embed, compare, lose)
+        figure.path((compare.right, y), (676, y))
+        figure.scores(676, y - 22, 44)
+        figure.path((720, y), (losses.x, y))
+        figure.text(698, y - 35, name, 15, bold=True)
+        figure.text(698, y + 35, "(B, B)", 13, muted=True)
+    draw_backward(figure, trunk, embed, compare, losses)
     figure.rule(496)
     figure.notes(
         523,
@@ -944,12 +946,12 @@ def draw_step() -> Figure:
     return figure
 
 
-def draw_backward(figure: Figure, trunk: Box, embed: Box, compare: Box, lose: Box):
+def draw_backward(figure: Figure, trunk: Box, embed: Box, compare: Box, losses: Box):
     "The way of the gradient, from the loss to where it stops."
     y = 462
     figure.path(
-        (lose.middle_x, lose.bottom),
-        (lose.middle_x, y),
+        (losses.middle_x, losses.bottom),
+        (losses.middle_x, y),
         (embed.middle_x, y),
         (embed.middle_x, embed.bottom),
         look="g",
@@ -958,7 +960,7 @@ def draw_backward(figure: Figure, trunk: Box, embed: Box, compare: Box, lose: Bo
     figure.path((compare.middle_x, y), (compare.middle_x, compare.bottom), look="g", stroke=3.5)
     figure.path((embed.middle_x, y), (trunk.middle_x + 6, y), look="g", stroke=3.5, heads="none", dashed=True)
     figure.path((trunk.middle_x, y - 14), (trunk.middle_x, y + 14), heads="none", stroke=4)
-    figure.text(744, y - 16, "backward from the loss L")
+    figure.text(712, y - 16, "backward from the loss L")
     figure.text(198, y, "stops: trunk is frozen", anchor="end", muted=True)
 
 
