@@ -327,6 +327,15 @@ def use_explorer(
         message = "the association votes no longer, and the ranking is not the same as before"
         wait_until(widget, lambda current: current == restored, message)
 
+    again = widget.locator("label", has_text="rank again").locator("input:enabled")
+    if again.count():
+        both = see_change(widget, again.check, "the switch `rank again` was turned on", "words")
+        require("was 1" in both["words"], "the second ranking does not show the ranks of the first")
+        save_picture("ranked again")
+        again.uncheck()
+        message = "the second ranking was turned off, and the first is not the same as before"
+        wait_until(widget, lambda current: current == restored, message)
+
     clicked = see_change(widget, lambda: widget.locator("button").nth(3).click(), "a picture was clicked")
     require(clicked["pictures"][0] == restored["pictures"][3], "the picture that was clicked is not the reference now")
     require(

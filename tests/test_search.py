@@ -20,7 +20,10 @@ from cala.library.cli import run_command
 from cala.library.loading import ModelFlags
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
+from cala.rerank import Reranker
+from cala.rerank import evaluate_again
 from cala.scripts.search import main
+from cala.scripts.validate import main as validate
 
 QUESTION = ["--reference", "a/00.png", "--sentence", "make the star red"]
 
@@ -37,6 +40,10 @@ def made(tmp_path_factory):
             CaLa(make_backbone("tiny", vocabulary=words, width=32, heads=2, layers=2, seed=seed), cir_frame=frame),
             root / name,
         )
+    torch.manual_seed(0)
+    backbone = make_backbone("tiny", vocabulary=words, width=32, heads=2, layers=2)
+    pairs = CaLa(backbone, objective="two_way", frame_options=dict(scale=10.0))
+    save_checkpoint(pairs, root / "run" / "pairs", recipe=dict(dataset="CIRR"))
     for n, path in enumerate(data.gallery.paths):
         folder = root / "photos" / "ab"[n // 6]
         folder.mkdir(parents=True, exist_ok=True)
@@ -371,3 +378,103 @@ def test_a_second_process_that_updates_the_index_is_refused(run, photos):
         status, out, err = run(*QUESTION)
     assert status == 2 and "another process is at work" in err.splitlines()[-1]
     assert "1 new" in run(*QUESTION)[2]
+
+
+# -- the first answers, ranked again -----------------------------------------------------------------------------------
+
+AGAIN = [*QUESTION, "--rerank", "5"]
+
+
+def test_the_second_ranking_is_that_of_evaluate_again(made, tmp_path, capsys):
+    data, model = CIRR(made / "data", "val"), search.build_model(rerank_flags(made))
+    data.gallery.transform = model.backbone.transform("targetpad", 1.25)
+    expected = evaluate_again(Reranker(model, 6, 3.0), data, progress=False).ranks["rank"]
+    first = evaluate_again(Reranker(model, 6, 0.0), data, progress=False).ranks["rank"]
+    assert (expected != first).any()
+    folder = data.gallery.paths[0].parent
+    for i in range(0, len(data), 3):
+        triplet = data.triplets[i]
+        reference = folder / f"{triplet.reference}.png"
+        words = ["--pictures", folder, "--index", tmp_path / "index", "--reference", reference, "--device", "cpu"]
+        words += ["--checkpoint", made / "run/pairs", "--sentence", triplet.captions[0], "--k", "50", "--json"]
+        words += ["--rerank", 6, "--rerank-weight", 3]
+        hits = run_command(main.__wrapped__, [str(word) for word in words], prog="cala-search")
+        capsys.readouterr()
+        (hit,) = [hit for hit in hits if hit.name == f"{triplet.target}.png"]
+        assert (hit.rank, hit.first_rank) == (expected[i], first[i])
+        assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+        assert sorted(hit.first_rank for hit in hits[:6]) == list(range(1, 7))
+        assert [hit.first_rank for hit in hits[6:]] == list(range(7, len(hits) + 1))
+        assert all((hit.score_again is None) == (hit.rank > 6) for hit in hits)
+
+
+def rerank_flags(made):
+    flags = ModelFlags(checkpoint=str(made / "run/pairs"))
+    flags.rerank, flags.rerank_weight = 6, 3.0
+    return flags
+
+
+def test_parts_of_an_index_do_not_change_the_second_ranking(run, photos, monkeypatch):
+    again = [*AGAIN, "--rerank-weight", "3", "--k", "3", "--json"]
+    whole = json.loads(run(*again, model="run/pairs")[1])
+    real = search.embed_pictures
+    parts = dict(batch_size=5, part_size=5)
+    monkeypatch.setattr(search, "embed_pictures", lambda *given, **options: real(*given, **options | parts))
+    status, out, err = run(*again, "--rebuild", model="run/pairs")
+    assert status == 0 and len(list((photos / ".cala_search").glob("*.safetensors"))) == 3
+    assert names(out) == [hit["name"] for hit in whole["hits"]]
+    assert (whole["rerank"], whole["rerank_weight"], len(whole["hits"])) == (5, 3.0, 3)
+
+
+def test_an_index_of_the_first_ranking_serves_the_second_and_the_table_says_so(run):
+    run(*QUESTION, model="run/pairs")
+    status, out, err = run(*AGAIN, "--rerank-weight", "0.5", "--k", "7", model="run/pairs")
+    assert status == 0 and "nothing has changed" in err
+    assert out.splitlines()[0].split() == ["rank", "first_rank", "score", "score_again", "name"]
+    assert out.splitlines()[-1] == "the best 5 pictures are ranked again by CTR with weight 0.5"
+    assert "NaN" not in out
+
+
+@pytest.mark.parametrize("ending", ["png", "html"])
+def test_a_grid_shows_both_ranks(run, tmp_path, ending):
+    path = tmp_path / f"grid.{ending}"
+    assert run(*AGAIN, "--rerank-weight", "9", "--k", "7", "--grid", path, model="run/pairs")[0] == 0
+    if ending == "html":
+        page = path.read_text("utf-8")
+        assert page.count(", at first ") == 2 * 5 and page.count(", not ranked again ") == 2 * 2  # also in alt
+
+
+def test_the_weight_comes_from_the_result_of_validation(made, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*AGAIN, model="run/pairs")
+    assert status == 2 and "--rerank 5 needs --rerank-weight; cala-validate --checkpoint" in err and out == ""
+    assert len(err.splitlines()) == 1
+    words = ["--checkpoint", made / "run/pairs", "--data-root", made / "data", "--rerank", "5"]
+    run_command(validate, [*map(str, words), "--output", "validation"], prog="cala-validate")
+    capsys.readouterr()
+    chosen = json.loads((tmp_path / "validation/result.json").read_text())["result"]["rerank_weight"]
+    status, out, err = run(*AGAIN, "--json", model="run/pairs")
+    assert status == 0 and json.loads(out)["rerank_weight"] == chosen and "chosen by cala-validate" in err
+    shutil.copytree(tmp_path / "validation", made / "run/validation")
+    monkeypatch.chdir(made)
+    assert json.loads(run(*AGAIN, "--json", model="run/pairs")[1])["rerank_weight"] == chosen
+    result = made / "run/validation/result.json"
+    result.write_text(result.read_text().replace('"sha256": "', '"sha256": "0'))  # of other weights
+    assert run(*AGAIN, model="run/pairs")[0] == 2
+    shutil.rmtree(made / "run/validation")
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "message"),
+    [
+        ([*AGAIN, "--rerank-weight", "1"], "sum", "this model has no compositor of pairs; train with --ctr pairs"),
+        (["--reference", "a/00.png", "--rerank", "5"], "run/pairs", "give --reference and --sentence"),
+        (["--rerank", "5"], "run/pairs", "give --reference and --sentence"),
+        ([*QUESTION, "--rerank", "0", "--rerank-weight", "1"], "run/pairs", "--rerank 0: give 1 candidate or more"),
+        ([*QUESTION, "--rerank-weight", "1"], "run/pairs", "--rerank-weight belongs to --rerank"),
+    ],
+)
+def test_a_second_ranking_that_is_impossible_is_refused_before_any_work(run, photos, words, model, message):
+    status, out, err = run(*words, model=model)
+    assert status == 2 and message in err and len(err.splitlines()) == 1 and out == ""
+    assert not (photos / ".cala_search").exists()

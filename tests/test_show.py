@@ -41,6 +41,8 @@ from cala.library.show.widgets import joint_scores
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.recipe import Recipe
+from cala.rerank import Reranker
+from cala.rerank import evaluate_again
 from cala.retrieval import evaluate
 from cala.retrieval import evaluating
 from cala.retrieval import target_ranks
@@ -465,3 +467,49 @@ def test_the_pair_compositor_votes_with_the_features_of_the_gallery():
         expected = model.score_pairs(f_r, f_c, gallery.feature[:1], gallery.feature[None])[0]
     torch.testing.assert_close(votes["z_ctr"], expected)
     assert votes["z_ctr"].shape == (5,) and votes["z_ctr"].std() > 0
+
+
+def make_pairs_model():
+    torch.manual_seed(0)
+    return CaLa(small_backbone(), objective="two_way", frame_options=dict(scale=10.0)).eval()
+
+
+def test_the_second_ranking_of_an_explorer_is_that_of_evaluate_again(world):
+    data, model = open_val(world), make_pairs_model()
+    explorer = QueryExplorer({"ours": model}, data, rerank=10, rerank_weight=20.0)
+    expected = evaluate_again(Reranker(model, 10, 20.0), data, progress=False).ranks
+    explorer.switch_again()
+    moved = 0
+    for i in range(0, len(data), 5):
+        first, again = explorer.pick(i).values()
+        assert again.rank == expected["rank"][i] + expected["ties"][i] / 2
+        assert sorted(first.order[:10]) == sorted(again.order[:10]) and first.order[10:] == again.order[10:]
+        assert [first.order[rank - 1] for rank in again.first_ranks] == again.order
+        moved += first.order != again.order
+    assert moved and "was" in again.label(0)
+    assert list(explorer.switch_again(False)) == ["ours"]
+
+
+def test_an_explorer_shows_both_orders_and_hides_the_second(world):
+    models = {"ours": make_pairs_model(), "paper": CaLa(small_backbone())}
+    explorer = QueryExplorer(models, open_val(world), k=3, rerank_weight=0.5)
+    assert len(explorer.widget.children) == 4 and len(explorer.answer_rows.children) == 2
+    explorer.again_box.value = True
+    assert explorer.is_again and len(explorer.answer_rows.children) == 3
+    assert list(explorer.rankings) == ["ours", "ours, ranked again", "paper"]
+    for name, ranking in explorer.rankings.items():
+        assert [button.position for button in explorer.answers[name]] == ranking.order[:3]
+    assert "ours, ranked again" in explorer.titles["ours, ranked again"].value
+    assert "was" in explorer.answers["ours, ranked again"][0].text.value
+    assert "ours, ranked again" in [text for text, _ in texts(explorer.figure())]
+    explorer.again_box.value = False
+    assert len(explorer.answer_rows.children) == 2 and not explorer.is_again
+
+
+def test_an_explorer_refuses_a_second_ranking_that_is_impossible(world):
+    with pytest.raises(CalaError, match="load a checkpoint trained with --ctr pairs"):
+        QueryExplorer(CaLa(small_backbone()), open_val(world), rerank_weight=0.5)
+    explorer = QueryExplorer(make_pairs_model(), open_val(world))
+    with pytest.raises(CalaError, match="cala-validate --rerank 20 chooses a weight"):
+        explorer.switch_again()
+    assert explorer.widget is not None and explorer.again_box.disabled

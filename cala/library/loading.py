@@ -315,11 +315,27 @@ def check_rerank(
 ):
     "`CalaError` unless the model can rank again as the flags ask."
     if getattr(model.compositor, "reads", None) != "feature":
-        raise CalaError(
-            f"--rerank {flags.rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of "
-            "CTR above 0 (the recipe cala), or leave the flag out"
-        )
+        raise no_compositor(flags)
     Reranker(model, flags.rerank, flags.rerank_weight or 0.0)
+
+
+def can_rank_again(
+    config: dict,  # of a checkpoint's model; empty: no checkpoint
+) -> bool:
+    "False where a second ranking is impossible; known before any weights are read."
+    is_two_way = config.get("objective") == "two_way"
+    weight = config.get("tac_weight" if config.get("objective") == "released" else "beta")
+    return bool(weight) and (config.get("ctr") or ("pairs" if is_two_way else "tac")) != "tac"
+
+
+def no_compositor(
+    flags: Any,  # with the fields of RerankFlags
+) -> CalaError:  # to be raised
+    "The error about a model that cannot rank again."
+    return CalaError(
+        f"--rerank {flags.rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of "
+        "CTR above 0 (the recipe cala), or leave the flag out"
+    )
 
 
 # Data
@@ -329,7 +345,8 @@ def fill_flags(
     flags: Flags,  # DataFlags, or others with most of its fields; changed in place
 ) -> Flags:
     "Give flags that were left out the value of the checkpoint's recipe, or the released program's default; check all."
-    recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
+    content = read_recipe(flags.checkpoint) if flags.checkpoint else {}
+    recipe = content.get("recipe", {})
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
     types = dict(transform=str, target_ratio=(int, float), dataset=str)
     transform = getattr(flags, "transform", None)
@@ -348,6 +365,8 @@ def fill_flags(
     check_data_flags(given)
     if getattr(given, "rerank_weight", None) is not None and given.rerank is None:
         raise CalaError("--rerank-weight belongs to --rerank; give both, or leave both out")
+    if getattr(given, "rerank", None) is not None and not can_rank_again(content.get("model", {})):
+        raise no_compositor(given)
     if getattr(given, "device", None) is not None:
         find_device(given.device)  # before data and weights are read
     return flags

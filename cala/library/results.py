@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..data import Triplets
+from ..errors import CalaError
 from ..errors import count_things as count_things
 from ..model import CaLa
 from ..rerank import Reranker
@@ -23,6 +25,7 @@ from ..retrieval import chance
 from ..retrieval import image_only
 from ..retrieval import measure
 from ..retrieval import text_only
+from .checkpoint import read_recipe
 from .circo import CIRCO
 from .circo import circo_baselines
 from .circo import measure_circo
@@ -67,6 +70,33 @@ def measure_again(
     result = evaluate_again(Reranker(model, flags.rerank or 0, weight), dataset, [embedded])
     result["rerank_weight_chosen_here"] = flags.rerank_weight is None
     return result
+
+
+def find_rerank_weight(
+    flags: Any,  # with a checkpoint and the fields of RerankFlags
+) -> float:
+    """The weight of CTR in the second ranking: --rerank-weight, or what cala-validate chose for the same weights.
+
+    The result is looked for where cala-validate writes it, and in a folder of that name in the run's folder."""
+    if flags.rerank_weight is not None:
+        return flags.rerank_weight
+    digest = read_recipe(flags.checkpoint)["sha256"]
+    for folder in (Path("validation"), Path(flags.checkpoint).parent / "validation"):
+        try:
+            content = json.loads((folder / "result.json").read_bytes())
+            result, measured = content["result"], content["weights"]["checkpoint"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):  # no result, or that of another command
+            continue
+        if measured == digest and result.get("rerank_weight_chosen_here"):
+            weight = float(result["rerank_weight"])
+            place, count = folder / "result.json", result["rerank"]
+            print(f"--rerank-weight {weight:g}: chosen by cala-validate --rerank {count} ({place})", file=sys.stderr)
+            return weight
+    command = f"cala-validate --checkpoint {flags.checkpoint} --rerank {flags.rerank}"
+    raise CalaError(
+        f"--rerank {flags.rerank} needs --rerank-weight; {command} chooses one and writes it to validation/result.json, "
+        "where it is found"
+    )
 
 
 def label_metric(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_DECODED', 'OTHER_KINDS', 'PART', 'PART_NAME', 'PAGE', 'Pictures', 'list_pictures', 'Row', 'Broken', 'Index',
            'open_index', 'Changes', 'find_changes', 'ReadablePictures', 'embed_pictures', 'update_index', 'Hit',
-           'ask_index', 'make_page', 'draw_hits', 'check_query', 'check_grid', 'open_current_index', 'show_answer',
-           'search_folder']
+           'AgainHit', 'Query', 'Best', 'embed_query', 'find_best', 'rank_again', 'ask_index', 'label_hit', 'make_page',
+           'draw_hits', 'check_query', 'check_grid', 'open_current_index', 'show_answer', 'search_folder']
 
 # %% ../../nbs/library/search.ipynb #1a65dffc
 import json
@@ -50,11 +50,13 @@ from .loading import build_model
 from .loading import fill_flags
 from .loading import find_device
 from .results import count_things
+from .results import find_rerank_weight
 from .show.cards import show_pictures
 from .show.style import BLUE
 from ..model import CaLa
 from ..pictures import read_picture
 from ..progress import show_progress
+from ..rerank import Reranker
 from ..retrieval import evaluating
 
 # %% ../../nbs/library/search.ipynb #01fb86f6
@@ -413,39 +415,111 @@ class Hit(NamedTuple):
     name: str  # path below the folder
 
 
-@torch.no_grad()
-def _embed_query(model, picture, sentence):
-    "The frame that ranks, and the features of the query, (1, d) each."
-    device = next(model.parameters()).device
-    with evaluating(model):
-        if picture is not None and sentence:
-            reference, text = model.embed_queries(picture[None].to(device), [sentence])
-            return model.frame, reference.float(), text.float()
-        if picture is not None:
-            feature = model.embed_gallery(picture[None].to(device)).float()
-        else:
-            feature = model.backbone.text([sentence]).feature.float()
-    return Sum(), feature, torch.zeros_like(feature)
+class AgainHit(NamedTuple):
+    "One answer of a search whose first answers are ranked again."
+
+    rank: int
+    first_rank: int  # by the first ranking
+    score: float  # of the first ranking
+    score_again: float | None  # of the second ranking; None: not among the pictures that are ranked again
+    name: str  # path below the folder
+
+
+class Query(NamedTuple):
+    "The features of a query, (1, d) each, and the frame that compares them with pictures."
+
+    frame: Any  # has .scores(reference, text, pictures)
+    reference: torch.Tensor
+    text: torch.Tensor
+
+
+class Best(NamedTuple):
+    "The best pictures of an index, best first."
+
+    names: list[str]
+    scores: torch.Tensor  # (n,)
+    features: torch.Tensor  # (n, d)
+
+
+def embed_query(
+    model: CaLa,  # in evaluation mode
+    tokens: torch.Tensor | None,  # (1, N, w) of the reference, if there is one
+    sentence: str | None,  # the modification text, or a description if there is no reference
+) -> Query:
+    "The features of a query of one or two parts."
+    if tokens is not None and sentence:
+        reference, text = model.embed_queries(tokens, [sentence])
+        return Query(model.frame, reference.float(), text.float())
+    if tokens is not None:
+        feature = model.embed_gallery(tokens).float()
+    else:
+        feature = model.backbone.text([sentence]).feature.float()
+    return Query(Sum(), feature, torch.zeros_like(feature))
+
+
+def find_best(
+    index: Index,
+    query: Query,
+    k: int,  # how many; fewer if the index holds fewer
+    leave_out: str | None = None,  # name of a picture that is no answer: the reference
+) -> Best:  # of equal scores the first name
+    "The k best pictures of an index, a part at a time."
+    candidates = []
+    for part, rows in index.parts.items():
+        names = {n: row.name for n, row in enumerate(rows) if row and row.name != leave_out}
+        if not names:
+            continue
+        features = index.read_features(part)[list(names)]
+        best = top_k(*query, features, k)
+        part_names = list(names.values())
+        for position, score in zip(best.positions[0].tolist(), best.scores[0].tolist()):
+            candidates.append((-score, part_names[position], features[position].clone()))  # a view would keep the part
+        candidates = sorted(candidates, key=lambda row: row[:2])[:k]
+    if not candidates:
+        return Best([], torch.empty(0), torch.empty(0, 0))
+    scores, names, features = zip(*candidates)
+    return Best(list(names), -torch.tensor(scores), torch.stack(features))
+
+
+def rank_again(
+    reranker: Reranker,
+    query: Query,
+    own: torch.Tensor,  # (1, d) feature of the reference as a picture
+    best: Best,
+) -> list[AgainHit]:  # best first
+    "The answers with the first `reranker.candidates` of them ranked again."
+    count = reranker.candidates
+    z_qtm, features = best.scores[None, :count].to(own.device), best.features[None, :count].to(own.device)
+    scores_again = reranker.score(z_qtm, (query.reference, query.text, own), features)[0]
+    order = scores_again.argsort(descending=True, stable=True).tolist() + list(range(count, len(best.names)))
+    hits = []
+    for rank, position in enumerate(order, 1):
+        score_again = float(scores_again[position]) if position < count else None
+        hits.append(AgainHit(rank, position + 1, float(best.scores[position]), score_again, best.names[position]))
+    return hits
 
 
 def ask_index(
     index: Index,
     model: CaLa,
-    picture: torch.Tensor = None,  # the reference after the transform, (3, H, W)
-    sentence: str = None,  # the modification text, or a description if there is no reference
+    picture: torch.Tensor | None = None,  # the reference after the transform, (3, H, W)
+    sentence: str | None = None,  # the modification text, or a description if there is no reference
     k: int = 10,  # answers
-    leave_out: str = None,  # name of a picture that is no answer: the reference
-) -> list[Hit]:  # best first
+    leave_out: str | None = None,  # name of a picture that is no answer: the reference
+    reranker: Reranker | None = None,  # of the model; ranks the first answers again, for a reference and a sentence
+) -> list[Hit] | list[AgainHit]:  # best first
     "The k best pictures for a reference, a sentence, or both."
-    frame, reference, text = _embed_query(model, picture, sentence)
-    candidates = []
-    for part, rows in index.parts.items():
-        names = {n: row.name for n, row in enumerate(rows) if row and row.name != leave_out}
-        if names:
-            best = top_k(frame, reference, text, index.read_features(part)[list(names)], k)
-            positions, scores = best.positions[0].tolist(), best.scores[0].tolist()
-            candidates += [(-score, list(names.values())[position]) for position, score in zip(positions, scores)]
-    return [Hit(rank, -score, name) for rank, (score, name) in enumerate(sorted(candidates)[:k], 1)]
+    with evaluating(model):
+        tokens = None
+        if picture is not None:
+            tokens = model.tokens(picture[None].to(next(model.parameters()).device))
+        query = embed_query(model, tokens, sentence)
+        if reranker is not None:
+            best = find_best(index, query, max(k, reranker.candidates), leave_out)
+            return rank_again(reranker, query, model.embed_gallery(tokens).float(), best)[:k] if best.names else []
+    best = find_best(index, query, k, leave_out)
+    scores = best.scores.tolist()
+    return [Hit(rank, score, name) for rank, (score, name) in enumerate(zip(scores, best.names), 1)]
 
 # %% ../../nbs/library/search.ipynb #aa716f5e
 PAGE = """<!doctype html>
@@ -463,6 +537,17 @@ figcaption {{ overflow-wrap: anywhere }}
 """
 
 
+def label_hit(
+    hit: Hit | AgainHit,
+) -> str:
+    "What stands under an answer, before its name: its rank, the rank before it was ranked again, its score."
+    if isinstance(hit, Hit):
+        return f"{hit.rank} · {hit.score:.3g}"
+    if hit.score_again is None:
+        return f"{hit.rank}, not ranked again · {hit.score:.3g}"
+    return f"{hit.rank}, at first {hit.first_rank} · {hit.score_again:.3g}"
+
+
 def _html_figure(path, text, kind=""):
     "A picture, shrunk to what is shown, as an HTML figure."
     picture, file = read_picture(path), BytesIO()
@@ -476,20 +561,20 @@ def _html_figure(path, text, kind=""):
 def make_page(
     reference: Path | None,  # the picture of the query
     sentence: str | None,  # the sentence of the query
-    hits: list[Hit],
+    hits: list[Hit] | list[AgainHit],
     folder: str | Path,  # that the names of the hits are below
 ) -> str:  # HTML
     "The answers as a page of its own."
     figures = [_html_figure(reference, "reference", "reference")] if reference else []
     for hit in hits:
-        figures.append(_html_figure(Path(folder) / hit.name, f"{hit.rank} · {hit.score:.3g} · {hit.name}"))
+        figures.append(_html_figure(Path(folder) / hit.name, f"{label_hit(hit)} · {hit.name}"))
     return PAGE.format(title=escape(sentence or "pictures like this one"), figures="".join(figures))
 
 
 def draw_hits(
     reference: Path | None,  # the picture of the query
     sentence: str | None,  # the sentence of the query
-    hits: list[Hit],
+    hits: list[Hit] | list[AgainHit],
     folder: str | Path,  # that the names of the hits are below
     save: str | Path = None,  # file .png or .svg
 ) -> Figure:
@@ -499,7 +584,7 @@ def draw_hits(
         pictures, labels, frames = [read_picture(reference)], [sentence or "reference"], [BLUE]
     for hit in hits:
         pictures.append(read_picture(Path(folder) / hit.name))
-        labels.append(f"{hit.rank} · {hit.score:.3g}\n{Path(hit.name).name}")
+        labels.append(f"{label_hit(hit)}\n{Path(hit.name).name}")
         frames.append(None)
     page = show_pictures(pictures, labels, frames)
     return page if save is None else page.save(save)
@@ -517,6 +602,11 @@ def check_query(
         raise CalaError(f"--grid {flags.grid} is a folder; name a file")
     if flags.sentence is not None and not flags.sentence.strip():
         raise CalaError("--sentence is empty; describe the picture or the change, or leave the flag out")
+    if flags.rerank is not None and (flags.reference is None or flags.sentence is None):
+        raise CalaError(
+            f"--rerank {flags.rerank}: CTR compares the sentence with pairs of the reference and an answer; "
+            "give --reference and --sentence, or leave the flag out"
+        )
     if flags.reference is None:
         if flags.sentence is None and (flags.grid or flags.json):
             raise CalaError("--grid and --json show answers; give --reference, --sentence or both")
@@ -567,7 +657,7 @@ def open_current_index(
 def show_answer(
     flags: Any,  # `Search` of cala.scripts.search
     reference: Path | None,
-    hits: list[Hit],
+    hits: list[Hit] | list[AgainHit],
     index: Index,
     pictures: Pictures,
 ):
@@ -584,18 +674,22 @@ def show_answer(
             sentence=flags.sentence,
             pictures=len(index),
             left_out=sorted(index.broken),
+            rerank=flags.rerank,
+            rerank_weight=flags.rerank_weight,
             other_kinds={ending: len(names) for ending, names in pictures.other_kinds.items()},
             hits=[hit._asdict() for hit in hits],
         )
         print(json.dumps(answer, indent=1))
     else:
-        table = pd.DataFrame(hits).round(3).to_string(index=False)
+        table = pd.DataFrame(hits).round(3).to_string(index=False, na_rep="")
         print(table.encode(errors="replace").decode())  # the name of a file need not be valid text
+        if flags.rerank is not None:
+            print(f"the best {flags.rerank} pictures are ranked again by CTR with weight {flags.rerank_weight:g}")
 
 
 def search_folder(
     flags: Any,  # `Search` of cala.scripts.search
-) -> list[Hit] | Index:  # the index if there is no query
+) -> list[Hit] | list[AgainHit] | Index:  # the index if there is no query
     "Bring the index of a folder up to date, and answer a query."
     pictures = list_pictures(flags.pictures)
     reference = check_query(flags)
@@ -606,6 +700,8 @@ def search_folder(
     check_grid(flags, pictures, reference)
     opened = read_picture(reference) if reference else None
     flags = fill_flags(flags)
+    if flags.rerank is not None:
+        flags.rerank_weight = find_rerank_weight(flags)
     model = build_model(flags)
     transform = model.backbone.transform(flags.transform, flags.target_ratio)
     index = open_current_index(flags, model, transform, pictures)
@@ -614,7 +710,8 @@ def search_folder(
     picture = own_name = None
     if reference is not None:
         picture, own_name = transform(opened), pictures.find_name(reference)
-    hits = ask_index(index, model, picture, flags.sentence, flags.k, own_name)
+    reranker = None if flags.rerank is None else Reranker(model, flags.rerank, flags.rerank_weight)
+    hits = ask_index(index, model, picture, flags.sentence, flags.k, own_name, reranker)
     if not hits:
         exception = ", except the reference" if reference else ""
         raise CalaError(f"no picture below {flags.pictures} can be read{exception}")

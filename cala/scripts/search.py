@@ -12,25 +12,26 @@ from typing import ClassVar
 
 from ..library.cli import command
 from ..library.flags import ModelFlags
+from ..library.flags import RerankFlags
 
 # %% ../../nbs/commands/search.ipynb #db8556e6
 @dataclass
-class Search(ModelFlags):
+class Search(RerankFlags, ModelFlags):
     "Search a folder of pictures with a picture, a sentence, or both."
 
     pictures: str = "."  # folder to search, with all folders below it
-    reference: str = None  # the picture to start from: a path, or a name below the folder
-    sentence: str = None  # what should be different; without --reference, what the picture shows
+    reference: str | None = None  # the picture to start from: a path, or a name below the folder
+    sentence: str | None = None  # what should be different; without --reference, what the picture shows
     k: int = 10  # answers
-    index: str = None  # folder of the index; None: .cala_search in the folder of pictures
+    index: str | None = None  # folder of the index; None: .cala_search in the folder of pictures
     rebuild: bool = False  # make the index again from nothing
     json: bool = False  # print JSON and nothing else
-    grid: str = None  # also draw the answers: a .png, .svg or .html file
-    transform: str = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
-    target_ratio: float = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
+    grid: str | None = None  # also draw the answers: a .png, .svg or .html file
+    transform: str | None = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
+    target_ratio: float | None = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
     batch_size: int = 64  # pictures at a time
     num_workers: int = 0  # processes that decode pictures
-    device: str = None  # cpu, cuda, cuda:1 ...; None: a GPU if there is one
+    device: str | None = None  # cpu, cuda, cuda:1 ...; None: a GPU if there is one
 
     # Not flags: an index holds float32 features, and no tokens are kept.
     precision: ClassVar[str] = "no"

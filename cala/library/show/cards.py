@@ -93,10 +93,20 @@ class Ranking:
     target: int | None = None  # gallery position, None if it is not known
     rank: float | None = None  # of the target, 1 = first; its place in `order` if None, so give it where scores tie
     note: str = ""  # a heading for the row
+    first_ranks: list[int] | None = None  # of the pictures in `order`, before they were ranked again
 
     def __post_init__(self):
         if self.rank is None and self.target in self.order:
             self.rank = self.order.index(self.target) + 1
+
+    def label(
+        self,
+        n: int,  # place in `order`
+    ) -> str:
+        "What stands under a picture: its rank, and its score or its rank before it was ranked again."
+        if self.first_ranks is not None:
+            return f"{n + 1} · was {self.first_ranks[n]}"
+        return f"{n + 1}" if self.scores is None else f"{n + 1} · {self.scores[n]:.3g}"
 
     def missed_target(
         self,
@@ -114,7 +124,7 @@ def _place_ranking(row: np.ndarray, gallery: Gallery, ranking: Ranking, k: int):
     if ranking.note:
         row[0].set_title(ranking.note, fontsize=8, parse_math=False)
     for n, (box, position) in enumerate(zip(row[2 : 2 + k], ranking.order)):
-        label = f"{n + 1}" if ranking.scores is None else f"{n + 1} · {ranking.scores[n]:.3g}"
+        label = ranking.label(n)
         if position == ranking.target:
             place_picture(box, gallery.picture(position), f"{label}\ntarget", VERMILION)
         else:

@@ -21,11 +21,11 @@ from ...data import Triplets
 from ...errors import CalaError
 from ...model import CaLa
 from ...objectives import released
+from ...rerank import Reranker
 from ...retrieval import evaluating
 from ...retrieval import load_batches
+from ...retrieval import rank_table
 from ...retrieval import sections
-from ...retrieval import target_ranks
-from ...retrieval import target_ties
 from .cards import Ranking
 from .cards import draw_rankings
 from .cards import join_captions
@@ -288,6 +288,9 @@ class PictureButton:
         self.image.layout.border = f"3px solid {frame}" if frame else f"1px solid {GREY}"
 
 
+AGAIN = ", ranked again"  # ends the name of a ranking that is the second of its model
+
+
 class QueryExplorer(Movable):
     "Rank a gallery for any reference and any modification text, with one model or several."
 
@@ -296,9 +299,21 @@ class QueryExplorer(Movable):
         models: CaLa | dict[str, CaLa],  # one, or several by name
         dataset: Triplets,  # CIRR or FashionIQ, opened with the models' transform
         k: int = 6,  # pictures shown
+        rerank: int = 20,  # how many of the best pictures the switch `rank again` ranks again
+        rerank_weight: float | None = None,  # of CTR in the second ranking; None: there is no switch
     ):
         self.models = models if isinstance(models, dict) else {"": models}
         self.dataset, self.k = dataset, k
+        self.rerankers = {}  # by name of the model
+        if rerank_weight is not None:
+            for name, model in self.models.items():
+                if getattr(model.compositor, "reads", None) == "feature":
+                    self.rerankers[name] = Reranker(model, rerank, rerank_weight)
+            if not self.rerankers:
+                raise CalaError(
+                    "rerank_weight: no model here has a compositor of pairs; load a checkpoint trained with --ctr pairs"
+                )
+        self.is_again = False  # whether both rankings are shown
         self.features = {
             name: embed_gallery(model, dataset, model.embed_gallery) for name, model in self.models.items()
         }
@@ -367,8 +382,35 @@ class QueryExplorer(Movable):
         place = (rivals == (-1 if target is None else target)).nonzero()[:, 0]  # of the target among them, (1,) or (0,)
         rank = None
         if len(place):  # tied pictures count as the mean over their orders, as in the tables of `evaluate`
-            rank = float(target_ranks(scores[None], place) + target_ties(scores[None], place) / 2)
+            ranks = rank_table(scores[None], place)
+            rank = float(ranks.rank + ranks.ties / 2)
         return Ranking(reference, caption, rivals[order].tolist(), scores[order].tolist(), target, rank, name)
+
+    def rank_again(
+        self,
+        name: str,  # of a model in `rerankers`
+        reference: int,  # gallery position
+        caption: str,  # the modification text
+        target: int | None = None,  # gallery position, if it is known
+    ) -> Ranking:
+        "The ranking of one model by QTM alone, with its best pictures ranked again by CTR."
+        model, reranker, rivals = self.models[name], self.rerankers[name], self.candidates(reference)
+        features, frame = self.features[name], model.frame
+        gallery, own = features[rivals], features[reference][None]
+        picture = self.dataset.pictures[reference][None].to(features.device)
+        with evaluating(model):
+            f_r, f_c = (feature.float() for feature in model.embed_queries(picture, [caption]))
+            z_qtm, positions = frame.scores(f_r, f_c, gallery).sort(descending=True, stable=True)
+            first = rivals[positions[0].cpu()].tolist()
+            positions = reranker.sort(positions, z_qtm, (f_r, f_c, own), gallery)
+        order = rivals[positions[0].cpu()].tolist()
+        place = (rivals == (-1 if target is None else target)).nonzero()[:, 0]  # of the target among them, (1,) or (0,)
+        rank = None
+        if len(place):
+            ranks = reranker.rank_queries(frame, f_r, f_c, gallery, own, place)
+            rank = float(ranks.rank + ranks.ties / 2)
+        moved = [first.index(position) + 1 for position in order]
+        return Ranking(reference, caption, order, None, target, rank, f"{name}{AGAIN}".removeprefix(", "), moved)
 
     def ask(
         self,
@@ -378,9 +420,25 @@ class QueryExplorer(Movable):
     ) -> dict[str, Ranking]:  # by name of the model
         "Rank the gallery for a query."
         self.reference, self.caption, self.target = int(reference), caption, target
-        self.rankings = {name: self.rank(name, self.reference, caption, target) for name in self.models}
+        self.rankings = {}
+        for name in self.models:
+            self.rankings[name] = self.rank(name, self.reference, caption, target)
+            if self.is_again and name in self.rerankers:
+                self.rankings[name + AGAIN] = self.rank_again(name, self.reference, caption, target)
         self.update_widget()
         return self.rankings
+
+    def switch_again(
+        self,
+        is_on: bool = True,
+    ) -> dict[str, Ranking]:  # by name of the model; the second of a model under its name and `AGAIN`
+        "Show the second ranking under the first, or the first alone."
+        if is_on and not self.rerankers:
+            raise CalaError(
+                "give rerank_weight, and a model trained with --ctr pairs; cala-validate --rerank 20 chooses a weight"
+            )
+        self.is_again = is_on
+        return self.ask(self.reference, self.caption, self.target)
 
     def add(
         self,
@@ -417,22 +475,23 @@ class QueryExplorer(Movable):
         self.triplet_slider.value, self.caption_box.value = self.picked, self.caption
         for name, box in self.voters.items():
             box.value = name in self.added
+        self.again_box.value = self.is_again
+        self.answer_rows.children = [self.rows[name] for name in self.rankings]
         self.question.show(gallery, self.reference, "reference", BLUE)
         for name, ranking in self.rankings.items():
             parts = [ranking.note] if ranking.note else []
             if ranking.rank:
                 parts.append(f"the target has rank {ranking.rank:g}")
             self.titles[name].value = ": ".join(parts)
-            scores = ranking.scores or []
             for n, (button, position) in enumerate(zip(self.answers[name], ranking.order)):
-                text = f"{n + 1} · {scores[n]:.3g}"
+                text = ranking.label(n)
                 if position == ranking.target:
                     button.show(gallery, position, f"{text} · target", VERMILION)
                 else:
                     button.show(gallery, position, text)
 
     def build_widget(self) -> ipywidgets.VBox:
-        "A triplet slider, a modification text, a box for each association, the reference, and rows of pictures."
+        "A triplet slider, a modification text, boxes for what ranks, the reference, and rows of pictures."
         Layout = ipywidgets.Layout
         last = len(self.dataset.triplets) - 1
         self.triplet_slider = ipywidgets.IntSlider(max=last, description="triplet", continuous_update=False)
@@ -441,21 +500,28 @@ class QueryExplorer(Movable):
         for name in ("TBIA", "CTR"):
             options: dict[str, Any] = dict(description=f"{name} votes", disabled=name not in self.held(), indent=False)
             self.voters[name] = ipywidgets.Checkbox(layout=Layout(width="9em"), **options)
+        self.again_box = ipywidgets.Checkbox(
+            description="rank again", disabled=not self.rerankers, indent=False, layout=Layout(width="9em")
+        )
         self.question = PictureButton(self._take_reference)
-        self.titles = {name: ipywidgets.Label() for name in self.models}
-        self.answers = {name: [PictureButton(self._take_reference) for _ in range(self.k)] for name in self.models}
+        names = [*self.models, *[name + AGAIN for name in self.rerankers]]
+        self.titles = {name: ipywidgets.Label() for name in names}
+        self.answers = {name: [PictureButton(self._take_reference) for _ in range(self.k)] for name in names}
+        self.rows = {}  # by name of the ranking; those of `rankings` are shown
+        for name, buttons in self.answers.items():
+            row = side_by_side(*[button.box for button in buttons])
+            self.rows[name] = ipywidgets.VBox([self.titles[name], row])
+        self.answer_rows = ipywidgets.VBox()
         self.fill_widget()
         self.observe(self.triplet_slider, self.pick)
         self.observe(self.caption_box, lambda caption: self.ask(self.reference, caption))
         for box in self.voters.values():
             self.observe(box, self._count_votes)
-        rows = []
-        for name, buttons in self.answers.items():
-            rows.append(ipywidgets.VBox([self.titles[name], side_by_side(*[button.box for button in buttons])]))
+        self.observe(self.again_box, self.switch_again)
         # The empty label keeps the reference on one line with the first row of answers.
         question = ipywidgets.VBox([ipywidgets.Label(), self.question.box])
-        votes = side_by_side(*self.voters.values())
-        pictures = ipywidgets.HBox([question, ipywidgets.VBox(rows)])
+        votes = side_by_side(self.again_box, *self.voters.values())
+        pictures = ipywidgets.HBox([question, self.answer_rows])
         return ipywidgets.VBox([self.triplet_slider, self.caption_box, votes, pictures])
 
     def _take_reference(self, position: int):
