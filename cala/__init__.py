@@ -43,6 +43,7 @@ PUBLIC = {
     "load_checkpoint": "library.checkpoint",
     "save_checkpoint": "library.checkpoint",
     "load_released": "library.released",
+    "HubCheckpoint": "library.hub",
     "write_cirr_submission": "library.submission",
     "train": "library.run",
     "add_second_stage": "library.ablation",

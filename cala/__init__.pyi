@@ -35,6 +35,7 @@ from .library.worlds.circo import draw_circo as draw_circo
 from .library.checkpoint import load_checkpoint as load_checkpoint
 from .library.checkpoint import save_checkpoint as save_checkpoint
 from .library.released import load_released as load_released
+from .library.hub import HubCheckpoint as HubCheckpoint
 from .library.submission import write_cirr_submission as write_cirr_submission
 from .library.run import train as train
 from .library.ablation import add_second_stage as add_second_stage

@@ -36,9 +36,12 @@ from .annotations import parse_categories
 from .annotations import parse_split
 from .annotations import read_annotations
 from .errors import CalaError
+from .errors import count_things
+from .errors import is_or_are
 from .pictures import find_picture_fault
 from .pictures import read_picture
 from .pictures import shorten_path
+from .progress import show_progress
 
 # %% ../nbs/method/01_data.ipynb #0b959d23
 MAX_PADDED_PIXELS = 64_000_000
@@ -164,7 +167,9 @@ class Gallery(Dataset):
     @cached_property
     def missing(self) -> list[str]:
         "The names of pictures that are not there, are empty, or are links that lead out of the root."
-        return [name for name, path in zip(self.names, self.paths) if find_picture_fault(path, self.root)]
+        places = zip(self.names, self.paths)
+        places = show_progress(places, "look for pictures", len(self), "pictures", is_part=True)
+        return [name for name, path in places if find_picture_fault(path, self.root)]
 
     def without(self, names: set[str]) -> "Gallery":
         "The gallery without some pictures; positions change."
@@ -227,7 +232,8 @@ class Triplets(Dataset):
         if not missing:
             return self
         first = self.gallery.paths[self.gallery.position(self.gallery.missing[0])]
-        count = f"{len(missing):,} of {len(self.gallery):,} pictures of {self.name} {self.split} are missing"
+        count = f"{len(missing):,} of {len(self.gallery):,} pictures of {self.name} {self.split}"
+        count += f" {is_or_are(len(missing))} missing"
         if not allow_missing:
             advice = "cala-check lists them, --allow-missing goes on without them"
             raise CalaError(f"{count}, the first is {shorten_path(first)}; {advice}")
@@ -236,11 +242,12 @@ class Triplets(Dataset):
         needed = [{t.reference, t.target, *(t.group if ranked else ())} for t in self.triplets]
         self.triplets = [triplet for triplet, names in zip(self.triplets, needed) if not names & missing]
         if not self.triplets:
-            raise CalaError(f"{count}; no triplet has all its pictures. cala-check lists those that are missing")
+            raise CalaError(f"{count}; no triplet has all its pictures. cala-check lists what is missing")
         self.gallery = self.pictures = self.gallery.without(missing)
         self.left_out = dict(pictures=len(missing), queries=queries - len(self))
         self.find_positions()
-        warnings.warn(f"{count} and left out, with {queries - len(self):,} triplets that need them", stacklevel=2)
+        lost = count_things(queries - len(self), "triplet that needs", "triplets that need")
+        warnings.warn(f"{count} and left out, with {lost} them", stacklevel=2)
         return self
 
     def caption(self, i: int) -> str:

@@ -14,3 +14,10 @@ def count_things(
 ) -> str:
     "A number with its noun: 1 query, 2,297 queries."
     return f"{count:,} {singular if count == 1 else plural}"
+
+
+def is_or_are(
+    count: int,
+) -> str:
+    "The verb of `1 of 18 pictures is missing` and `2 of 18 pictures are missing`."
+    return "is" if count == 1 else "are"

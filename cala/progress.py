@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import TextIO
 
@@ -15,10 +17,15 @@ from tqdm.asyncio import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as TextBar
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 IN_JUPYTER = tqdm is not plain_tqdm
 BAR_DELAY = 1.0  # seconds until a bar or a widget appears; shorter work shows none
 LINE_DELAY = 2.0  # seconds until the first line in a log; shorter work writes none
 LINE_INTERVALS = 10.0, 300.0  # seconds between two lines in a log: a tenth of the time so far, within these bounds
+MEGABYTE = 10**6
+LARGE = 256 * MEGABYTE  # bytes; less is read, hashed or written in a moment
 
 
 class LogLines(TextBar):
@@ -112,3 +119,17 @@ def show_progress(
     if IN_JUPYTER or is_terminal:
         return tqdm(items, **options, disable=is_hidden, delay=BAR_DELAY, dynamic_ncols=True)
     return LogLines(items, **options, disable=is_hidden or sys.stderr is None)
+
+
+def show_tensors(
+    tensors: dict[str, "Tensor"],
+    title: str,  # what is done with each
+) -> Iterator[tuple[str, "Tensor"]]:  # name and tensor
+    "The tensors of a model or of a file of weights, with progress in megabytes if they are large."
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+    is_small = total < LARGE
+    with show_progress(None, title, total // MEGABYTE, "MB", is_hidden=is_small, is_part=True) as bar:
+        for name, tensor in tensors.items():
+            yield name, tensor
+            done += tensor.nbytes
+            bar.update(done // MEGABYTE - bar.n)

@@ -27,6 +27,7 @@ from .encoders import make_backbone
 from .encoders import read_vocabulary
 from .encoders import shuffled_blocks
 from .errors import CalaError
+from .errors import count_things
 from .model import CaLa
 from .options import accepts
 from .recipe import Recipe
@@ -168,7 +169,8 @@ def make_loader(
     "Batches in the order of `BatchSampler`; call `.batch_sampler.set_epoch` before each epoch."
     size = recipe.batch_size
     if len(data) < size:
-        raise CalaError(f"{len(data)} triplets do not fill a batch of {size}; lower --batch-size")
+        count = count_things(len(data), "triplet does", "triplets do")
+        raise CalaError(f"{count} not fill a batch of {size}; lower --batch-size")
     if size % processes:
         raise CalaError(f"--batch-size {size} cannot be shared by {processes} ranks (processes); choose a multiple")
     return DataLoader(

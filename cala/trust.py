@@ -5,6 +5,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from .errors import CalaError
+from .progress import show_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,9 @@ def hash_tensors(
 ) -> str:
     "SHA-256 of a text and of named tensors, in the order of their names."
     digest = sha256(text.encode())
-    for name in sorted(tensors):
+    for name, tensor in show_tensors(dict(sorted(tensors.items())), "hash of the weights"):
         digest.update(name.encode())
-        digest.update(read_bytes(tensors[name]))
+        digest.update(read_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -393,7 +393,7 @@ def test_a_broken_picture_is_one_line_and_what_is_done_is_kept(gallery, tmp_path
 
 def test_missing_pictures_are_refused(gallery, tmp_path):
     gallery.paths[0].unlink()
-    with pytest.raises(CalaError, match="1 of 40 pictures are missing"):
+    with pytest.raises(CalaError, match="1 of 40 pictures is missing"):
         cache_tokens(Trunk(), make_missing(gallery), tmp_path / "cache")
 
 

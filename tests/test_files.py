@@ -44,6 +44,17 @@ def test_the_hashes_of_bytes_and_of_files_are_the_standard_ones(tmp_path):
     assert fingerprint_bytes(b"", 8) == hashlib.blake2b(digest_size=8).hexdigest()
 
 
+def test_the_hash_of_a_large_file_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 1)
+    path = tmp_path / "weights"
+    for number, data in enumerate([b"one", b"two"]):
+        path.write_bytes(data)
+        os.utime(path, ns=(number, number))
+        reads = files._hash_large_file.cache_info().misses
+        assert hash_file(path) == hash_file(path) == hashlib.sha256(data).hexdigest()
+        assert files._hash_large_file.cache_info().misses == reads + 1
+
+
 @pytest.fixture
 def tensors():
     "Named tensors that are not in the order of their names, of several types and shapes."

@@ -7,10 +7,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 from cala import progress
 from cala.library.cli import run_command
 from cala.progress import show_progress
+from cala.progress import show_tensors
 from cala.scripts import train
 from small_runs import lines_of
 from small_runs import train_flags
@@ -70,6 +72,18 @@ def test_lines_become_rare_in_long_work(capsys):
     bar.start_t -= 90_000
     bar.display()
     assert bar.mininterval == progress.LINE_INTERVALS[1]
+
+
+def test_tensors_are_counted_in_megabytes_and_small_ones_show_nothing(busy, monkeypatch, capsys):
+    tensors = {f"layer {number}": torch.zeros(500_000) for number in range(4)}  # 2 MB each
+    assert list(show_tensors(tensors, "load the trunk")) == list(tensors.items())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "LARGE", 1)
+    for _ in show_tensors(tensors, "load the trunk"):
+        time.sleep(0.06)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"load the trunk: [246] of 8 MB, 00:00 so far, about 00:00 left", lines[0])
+    assert re.fullmatch(r"load the trunk: 8 of 8 MB, took 00:0\d", lines[-1])
 
 
 def test_without_standard_error_the_loop_runs(monkeypatch):

@@ -315,7 +315,7 @@ def test_missing_pictures_stop_the_run_or_are_counted_in_every_result(tmp_path, 
     (line,) = lines_of(capsys.readouterr().err)
     assert (
         ended.value.code == 2
-        and "1 of 18 pictures of CIRR val are missing" in line
+        and "1 of 18 pictures of CIRR val is missing" in line
         and str(gone) in line
         and "--allow-missing" in line
     )

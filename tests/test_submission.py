@@ -158,7 +158,7 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     small = draw_cirr(tmp_path / "small", train=1, val=1, test1=3, size=48)
     assert "names 50 pictures for each query, and test1 has 18" in says("--data-root", small)
     next(small.rglob("test1-*.png")).unlink()
-    assert "1 of 18 pictures of CIRR test1 are missing" in says("--data-root", small)
+    assert "1 of 18 pictures of CIRR test1 is missing" in says("--data-root", small)
 
 
 @needs_real

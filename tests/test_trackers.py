@@ -239,6 +239,12 @@ def test_what_weights_and_biases_refuses_is_one_line(world, tmp_path, install_wa
     assert "api_key not configured (no-tty)" in line and "set WANDB_MODE=offline" in line and "--api-key" not in line
 
 
+def test_a_bug_in_a_tracker_is_not_the_users_mistake(world, tmp_path, install_wandb):
+    install_wandb(TypeError("init() got an unexpected keyword argument"))
+    with pytest.raises(TypeError):
+        run(world, tmp_path / "run", "--wandb")
+
+
 def test_weights_and_biases_offline_writes_into_the_runs_folder(world, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -117,7 +117,7 @@ def test_the_seeds_command_line_trains_from_a_shell(world, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "recall_at1" in done.stdout and "1 epochs; logs and checkpoints in runs/first" in done.stdout
+    assert "recall_at1" in done.stdout and "1 epoch; logs and checkpoints in runs/first" in done.stdout
     assert sorted(p.name for p in (tmp_path / "runs/first").iterdir()) == ["best", "last", "log.csv", "metrics.csv"]
     again = subprocess.run(
         [sys.executable, "-m", "cala.scripts.train", *words, *smaller],
@@ -266,7 +266,7 @@ def test_a_missing_picture_and_a_broken_one_are_named(tmp_path, world, capsys):
     gone, bad = (used.gallery.paths[i] for i in used.references.unique()[:2].tolist())
     gone.unlink()
     words = ["--data-root", tmp_path, "--batch-size", 8]
-    assert f"1 of 24 pictures of CIRR train are missing, the first is {gone}" in refused(
+    assert f"1 of 24 pictures of CIRR train is missing, the first is {gone}" in refused(
         capsys, world, tmp_path / "out", *words
     )
     with pytest.warns(UserWarning, match="1 of 24"):

@@ -295,6 +295,19 @@ def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):
     assert "did you mean --batch-size?" in says("--bath-size", "3")
 
 
+def test_ctrl_c_leaves_no_empty_folder(root, tmp_path, monkeypatch):
+    save_checkpoint(tiny("sum"), tmp_path / "best", recipe=dict(dataset="CIRR"))
+
+    def interrupt(*arguments):
+        assert (tmp_path / "out").is_dir()  # this run's alone
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cala.library.loading.embed_dataset", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        validate("--data-root", root, "--checkpoint", tmp_path / "best", "--output", tmp_path / "out")
+    assert ended.value.code == 130 and not (tmp_path / "out").exists()
+
+
 def test_a_missing_picture_and_a_broken_one_are_named(tmp_path, capsys):
     root = draw_cirr(tmp_path / "data", train=1, val=4, test1=1, size=48)
     save_checkpoint(tiny(), tmp_path / "best")

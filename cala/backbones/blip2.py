@@ -48,6 +48,9 @@ from .weights import shorten
 from ..encoders import QFormerBackbone
 from ..encoders import register
 from ..errors import CalaError
+from ..progress import LARGE
+from ..progress import show_progress
+from ..progress import show_tensors
 from ..qformer import QFormer
 
 # %% ../../nbs/backbones/blip2.ipynb #492451c8
@@ -411,7 +414,10 @@ def load_tower(
             "these are not the weights of this trunk, missing or of another shape: "
             f"{', '.join(sorted(misfits)[:3])}; give {file} as published"
         )
-    tower.load_state_dict({name: state[name].to(torch.float32, copy=True) for name in needed}, assign=True)
+    weights = {}
+    for name, _ in show_tensors(needed, "load the trunk"):
+        weights[name] = state[name].to(torch.float32, copy=True)
+    tower.load_state_dict(weights, assign=True)
     return [name for name in state if name not in needed]
 
 # %% ../../nbs/backbones/blip2.ipynb #1a047e25
@@ -420,7 +426,9 @@ def round_as_lavis(
 ) -> nn.Module:  # the same
     "Round the weights of convolutions and linear layers to float16, and keep them in float32."
     is_eva = any(isinstance(layer, PatchLayer) for layer in tower.modules())
-    for layer in tower.modules():
+    is_small = sum(parameter.nbytes for parameter in tower.parameters()) < LARGE
+    layers = list(tower.modules())
+    for layer in show_progress(layers, "round the trunk", unit="layers", is_hidden=is_small, is_part=True):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.half().float()
         elif is_eva and isinstance(layer, nn.MultiheadAttention):

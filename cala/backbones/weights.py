@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import CalaError
+from ..progress import LARGE
+from ..progress import MEGABYTE
 from ..progress import show_progress
 
 FLAG = "--backbone-weights"
-MEGABYTE = 10**6
 
 
 def shorten(
@@ -265,6 +266,22 @@ def read_torch(
         ) from error
 
 
+def read_ahead(
+    path: str | Path,  # a file of weights
+):
+    """Read a large file once, with progress, so that the system keeps it in memory.
+
+    torch and safetensors map a file, and read a tensor from the disk when it is copied: 4 GB in silence."""
+    size, done = os.path.getsize(path), 0
+    if size < LARGE:
+        return
+    title = f"read {Path(path).name}"
+    with open(path, "rb") as file, show_progress(None, title, size // MEGABYTE, "MB", is_part=True) as bar:
+        while part := file.read(8 * MEGABYTE):
+            done += len(part)
+            bar.update(done // MEGABYTE - bar.n)
+
+
 def read_weights(
     path: str | Path,  # safetensors, or a torch file
     flag: str = FLAG,  # with which it was given
@@ -278,6 +295,7 @@ def read_weights(
     misfit = describe_misfit(path)
     if misfit:
         raise CalaError(f"{path} {misfit}")
+    read_ahead(path)
     if Path(path).suffix == ".safetensors" or is_safetensors(path):
         try:
             return load_file(path)

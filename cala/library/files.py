@@ -18,12 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import lru_cache
 from hashlib import blake2b
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CalaError
+from ..progress import LARGE
+from ..progress import MEGABYTE
+from ..progress import show_progress
+from ..progress import show_tensors
 from ..trust import hash_tensors as hash_tensors
 from ..trust import read_bytes
 
@@ -44,11 +49,23 @@ def hash_bytes(
 def hash_file(
     path: str | Path,  # a file of any size
 ) -> str:
-    "SHA-256 of a file; the file is read a mebibyte at a time."
-    digest = sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
+    "SHA-256 of a file; that of a large file is remembered until the file changes."
+    stat = os.stat(path)
+    if stat.st_size < LARGE:
+        return hash_bytes(Path(path).read_bytes())
+    return _hash_large_file(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash_large_file(path, size, time):
+    "SHA-256 of a file, with progress; a command asks for the hash of its weights several times."
+    digest, done = sha256(), 0
+    name = os.path.basename(path)
+    with open(path, "rb") as file, show_progress(None, f"check {name}", size // MEGABYTE, "MB", is_part=True) as bar:
+        while part := file.read(8 * MEGABYTE):
             digest.update(part)
+            done += len(part)
+            bar.update(done // MEGABYTE - bar.n)
     return digest.hexdigest()
 
 
@@ -73,8 +90,7 @@ def fingerprint_tensors(
 ) -> str:
     "BLAKE2b of a text and of named tensors with their types and shapes, in the order of their names."
     digest = blake2b(text.encode(), digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in show_tensors(dict(sorted(tensors.items())), "fingerprint of the weights"):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(read_bytes(tensor))
     return digest.hexdigest()
@@ -179,10 +195,17 @@ def _folder_beside(folder, ending):
 
 def _write_to_disk(path, data):
     "Write a file; when this returns, the data are on the disk and not only in the system's memory."
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    is_small = len(data) < LARGE
+    total = len(data) // MEGABYTE
+    with (
+        open(path, "wb") as file,
+        show_progress(None, f"write {path.name}", total, "MB", is_hidden=is_small, is_part=True) as bar,
+    ):
+        for start in range(0, max(1, len(data)), LARGE):
+            file.write(memoryview(data)[start : start + LARGE])
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(min(start + LARGE, len(data)) // MEGABYTE - bar.n)
 
 
 def _remove(path):

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError
 
 from .. import __version__
 from ..errors import CalaError
+from ..errors import count_things
 from ..model import CaLa
 from ..recipe import Recipe
 from .ablation import PLACES
@@ -55,7 +56,7 @@ This model answers composed queries: a picture and a sentence that says what sho
 ## Use
 
 ```python
-from cala.library.hub import HubCheckpoint
+from cala import HubCheckpoint
 
 model = HubCheckpoint.from_pretrained("{name}").load()
 ```
@@ -205,9 +206,12 @@ def describe_metrics(
     "The validation as a table of Markdown."
     if not recalls:
         return "The checkpoint holds no validation."
-    where = f"Validation split, {metrics.get('queries', 0):,} queries, {metrics.get('gallery', 0):,} pictures, percent:"
+    queries = count_things(metrics.get("queries", 0), "query", "queries")
+    pictures = count_things(metrics.get("gallery", 0), "picture", "pictures")
+    where = f"Validation split, {queries}, {pictures}, percent:"
     if metrics.get("missing"):
-        where = f"{metrics['missing']:,} pictures were missing. {where}"
+        missing = count_things(metrics["missing"], "picture was", "pictures were")
+        where = f"{missing} missing. {where}"
     rows = ["| " + " | ".join(recalls) + " |", "|" + " --- |" * len(recalls)]
     rows.append("| " + " | ".join(f"{value:.2f}" for value in recalls.values()) + " |")
     return "\n".join([where, "", *rows])

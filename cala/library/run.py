@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import Subset
 
 from ..errors import CalaError
+from ..errors import count_things
 from .cache import cache_folder
 from .cache import use_caches
 from .checkpoint import read_recipe
@@ -39,6 +40,7 @@ from .files import lock_folder
 from .files import make_output_folder
 from .files import write_atomically
 from .gradcache import GradCache
+from .holdout import keep_training_part
 from .noise import shuffle_targets
 from .processes import AcrossProcesses
 from .processes import PadCaptions
@@ -109,6 +111,7 @@ def open_data(
     validation = open_split(recipe, "val", transform)
     for each in (data, *validation):
         each.require_pictures(allow_missing=recipe.allow_missing)
+    keep_training_part(data, recipe.holdout)
     draw_triplets(data, recipe.triplets, recipe.seed)
     shuffle_targets(data, recipe.noise_ratio, recipe.seed)
     use_caches(
@@ -302,13 +305,16 @@ def notes_before(
 ) -> list[str]:
     "What a user should know before the first step."
     notes = []
+    if recipe.holdout:
+        share = f"{100 * recipe.holdout:g} percent of the training triplets"
+        notes.append(f"note: --holdout {recipe.holdout:g}: {share} are held out, and those that show their pictures too")
     if recipe.noise_ratio:
         share = f"{100 * recipe.noise_ratio:g} percent of the training triplets"
         notes.append(f"note: --noise-ratio {recipe.noise_ratio:g}: the targets of {share} are shuffled")
     idle = count_idle_epochs(recipe)
     if idle:
         flags = f"--max-epoch {recipe.max_epoch} and --min-lr 0"
-        notes.append(f"note: {flags}: the last {idle} of {recipe.num_epochs} epochs train nothing")
+        notes.append(f"note: {flags}: nothing is trained in the last {idle} of {recipe.num_epochs} epochs")
     return notes
 
 
@@ -318,10 +324,11 @@ def notes_after(
     "What a user should know about a run that has ended."
     notes = []
     if run.skipped:
-        left_out = f"{run.skipped} of {len(run.log)} steps were left out"
-        notes.append(f"note: {left_out} because their loss or gradient was not finite")
+        count = f"{run.skipped} of {len(run.log)} steps"
+        notes.append(f"note: left out because the loss or a gradient was not finite: {count}")
     if run.scaled:
-        notes.append(f"note: {run.scaled} steps were left out by the fp16 scaler while it looked for its scale")
+        steps = count_things(run.scaled, "step", "steps")
+        notes.append(f"note: left out by the fp16 scaler while it looked for its scale: {steps}")
     return notes
 
 # %% ../../nbs/library/run.ipynb #e35faa9d

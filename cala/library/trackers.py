@@ -121,7 +121,9 @@ class Track(Callback):
         advice = "; ".join(ADVICE[name] for name in names) or "leave out --tensorboard"
         try:
             learner.accelerator.init_trackers("cala", values)
-        except Exception as error:  # of a tracker's library, which has errors of its own; none of it is code of cala
+        except (AttributeError, NameError, TypeError):  # a bug, of cala or of the library: it keeps its traceback
+            raise
+        except Exception as error:  # of a tracker's library, which has errors of its own
             raise CalaError(f"the tracker does not start ({shorten(error)}); {advice}") from error
         trackers = [each.tracker for each in learner.accelerator.trackers]
         if any(getattr(tracker, "alive", True) is False for tracker in trackers):  # Comet prints why, and would go on

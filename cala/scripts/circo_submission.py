@@ -36,7 +36,7 @@ def main(
     from cala.library import circo
     from cala.library import loading
     from cala.library.files import check_output_folder
-    from cala.library.files import make_output_folder
+    from cala.library.files import lock_folder
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
@@ -49,14 +49,13 @@ def main(
     data = circo.CIRCO(flags.data_root, flags.split, **options)
     data.require_pictures()
     circo.check_circo_submittable(data)
-    folder = check_output_folder(flags.output, FILES)
-    model = loading.build_model(flags)
-    make_output_folder(folder)
-    loading.set_transform(data, model, flags)
-    embedded = loading.embed_dataset(model, data, flags)
-    path = circo.write_circo_submission(model.frame, embedded, data, folder / f"circo_{name}.json")
-    facts = circo.describe_circo(data) | describe_run(flags, model)
-    write_atomically(folder / f"{name}_facts.json", json.dumps(facts, indent=1, default=str).encode())
+    with lock_folder(check_output_folder(flags.output, FILES)) as folder:
+        model = loading.build_model(flags)
+        loading.set_transform(data, model, flags)
+        embedded = loading.embed_dataset(model, data, flags)
+        path = circo.write_circo_submission(model.frame, embedded, data, folder / f"circo_{name}.json")
+        facts = circo.describe_circo(data) | describe_run(flags, model)
+        write_atomically(folder / f"{name}_facts.json", json.dumps(facts, indent=1, default=str).encode())
     print(f"{path}: {count_things(len(data), 'query', 'queries')}, {path.stat().st_size:,} bytes, checked")
     if data.split == "test":
         print("upload it at https://circo.micc.unifi.it/; the server sends the metrics by e-mail")

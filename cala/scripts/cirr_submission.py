@@ -37,7 +37,7 @@ def main(
     from cala.library import loading
     from cala.library import submission
     from cala.library.files import check_output_folder
-    from cala.library.files import make_output_folder
+    from cala.library.files import lock_folder
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
@@ -53,15 +53,14 @@ def main(
     data = submission.check_submittable(
         CIRR(flags.data_root, flags.split, follow_links=flags.follow_links).require_pictures()
     )
-    folder = check_output_folder(flags.output, FILES)
-    model = loading.build_model(flags)
-    make_output_folder(folder)
-    loading.set_transform(data, model, flags)
-    embedded = loading.embed_dataset(model, data, flags)
-    reranker = Reranker(model, flags.rerank, flags.rerank_weight or 0.0) if flags.rerank is not None else None
-    paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name, reranker)
-    facts = json.dumps(describe_run(flags, model), indent=1, default=str)
-    write_atomically(folder / f"{name}_facts.json", facts.encode())
+    with lock_folder(check_output_folder(flags.output, FILES)) as folder:
+        model = loading.build_model(flags)
+        loading.set_transform(data, model, flags)
+        embedded = loading.embed_dataset(model, data, flags)
+        reranker = Reranker(model, flags.rerank, flags.rerank_weight or 0.0) if flags.rerank is not None else None
+        paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name, reranker)
+        facts = json.dumps(describe_run(flags, model), indent=1, default=str)
+        write_atomically(folder / f"{name}_facts.json", facts.encode())
     for path in paths:
         print(f"{path}: {count_things(len(data), 'query', 'queries')}, {path.stat().st_size:,} bytes, checked")
     print(describe_cirr_servers())

@@ -40,7 +40,7 @@ def main(
         _, metrics = fit_combiner(model, train, val, recipe, folder)
     best = choose_best(metrics)
     print(
-        f"best of {recipe.num_epochs} epochs is {best['epoch']}, mean {best['score']:.2f}; "
+        f"best epoch: {best['epoch']} of {recipe.num_epochs}, mean {best['score']:.2f}; "
         f"evaluate it with cala-validate --checkpoint {folder / 'best'}"
     )
 

@@ -6,6 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/commands/train.ipynb #d4188b5e
+from ..errors import count_things
 from ..library.cli import command
 from ..library.flags import check_workers
 from ..recipe import Recipe
@@ -27,4 +28,4 @@ def main(
     run = train(recipe)
     if PartialState().is_main_process:
         print(summarise(run))
-        print(f"{run.epochs_done} epochs; logs and checkpoints in {run.output}")
+        print(f"{count_things(run.epochs_done, 'epoch', 'epochs')}; logs and checkpoints in {run.output}")

@@ -40,25 +40,24 @@ def main(
     from cala.library import needs
     from cala.library import results
     from cala.library.files import check_output_folder
-    from cala.library.files import make_output_folder
+    from cala.library.files import lock_folder
 
     start = perf_counter()
     flags = loading.fill_flags(flags)
     data = loading.open_split(flags, flags.split).require_pictures(flags.allow_missing)
-    folder = check_output_folder(flags.output, results.RESULT_FILES)
-    model = loading.build_model(flags)
-    make_output_folder(folder)
-    loading.set_transform(data, model, flags)
-    embedded = loading.embed_dataset(model, data, flags)
-    name = str(model.config["cir_frame"])
-    rows = results.measure_rows(model.frame, embedded, data, name)
-    if flags.rerank is not None:
-        rows[f"{name}, ranked again"] = results.measure_again(flags, model, embedded, data)
-    *_, result = rows.values()
-    result.ranks = needs.label_queries(rows)
-    about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
-    about["needs"] = needs.count_needs(result)
-    results.write_results(folder, rows, about)
+    with lock_folder(check_output_folder(flags.output, results.RESULT_FILES)) as folder:
+        model = loading.build_model(flags)
+        loading.set_transform(data, model, flags)
+        embedded = loading.embed_dataset(model, data, flags)
+        name = str(model.config["cir_frame"])
+        rows = results.measure_rows(model.frame, embedded, data, name)
+        if flags.rerank is not None:
+            rows[f"{name}, ranked again"] = results.measure_again(flags, model, embedded, data)
+        *_, result = rows.values()
+        result.ranks = needs.label_queries(rows)
+        about = results.describe_run(flags, model) | dict(seconds=round(perf_counter() - start, 1))
+        about["needs"] = needs.count_needs(result)
+        results.write_results(folder, rows, about)
     print(results.describe_result(result))
     print(results.baseline_table(rows).round(2).to_string())
     for line in (results.describe_aspects(result), results.describe_bounds(result)):

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ...data import Gallery
 from ...errors import CalaError
+from ...errors import is_or_are
 from ...progress import show_progress
 from ...retrieval import evaluating
 from ..files import FileMark
@@ -224,8 +225,8 @@ class CacheBuild:
         self.place = cache_place(folder, self.about)
         self.rows = unfinished_rows(gallery, self.find_finished_rows())
         if self.rows and gallery.missing:
-            count = f"{len(gallery.missing):,} of {len(gallery):,}"
-            raise CalaError(f"{count} pictures are missing; cala-check lists them")
+            count = f"{len(gallery.missing):,} of {len(gallery):,} pictures {is_or_are(len(gallery.missing))}"
+            raise CalaError(f"{count} missing; cala-check lists what is missing")
 
     def find_finished_rows(self) -> dict[int, FileMark]:
         "The rows that are on disk, with the marks of their pictures; a damaged shard counts as absent."

@@ -25,6 +25,7 @@ from torch import nn
 from ...data import Gallery
 from ...errors import CalaError
 from ...errors import count_things
+from ...errors import is_or_are
 from ..files import FileMark
 from ..files import fingerprint_bytes
 from ..files import fingerprint_tensors
@@ -248,6 +249,7 @@ def find_cache(
         text = f"{count} changed since the tokens were made, the first is {changed[0]}"
         raise CalaError(f"{text}; build them again with cala-cache")
     if unfinished:
-        text = f"{place} is not finished, {len(unfinished):,} of {len(gallery):,} pictures are to do"
+        count = f"{len(unfinished):,} of {len(gallery):,} pictures {is_or_are(len(unfinished))}"
+        text = f"{place} is not finished, {count} to do"
         raise CalaError(f"{text}; go on with cala-cache (several machines need one folder that all of them see)")
     return place
