@@ -7,8 +7,8 @@ python .ci/wheel.py --output DIST         keep sdist and wheel there
 
 The wheel is built from the sdist, so that a file which the sdist lacks is noticed. The commands run in a folder whose
 name has a blank and letters outside ASCII, without HOME and with LC_ALL=C. They may not write into the installed
-package: if root starts this program, they run as the system's user without rights, whom root's files are closed to; else
-they run as this user, and the package is write-protected. At the end the tests of the unpacked sdist are
+package: if root starts this program, they run as the system's user without rights, and root's files are closed to it;
+else they run as this user, and the package is write-protected. At the end the tests of the unpacked sdist are
 collected, and those that read the project's files are run.
 """
 
@@ -255,6 +255,14 @@ def make_environment(
     return commands
 
 
+def find_libraries(
+    commands: Path,  # folder of commands
+) -> str | None:
+    "The folder of a shared library of Python that was copied, or moved as GitHub's are; None if the system finds it."
+    library = commands.parent.parent / "python/lib"
+    return str(library) if library.is_dir() else os.environ.get("LD_LIBRARY_PATH")
+
+
 def list_package(
     folder: Path,  # of the installed package
 ) -> dict[str, int]:  # path -> time of its last change
@@ -288,8 +296,9 @@ def check_commands(
     "Run every command with --help, and then with the flags of `RUNS`."
     environment = dict(os.environ) if os.name == "nt" else {"PATH": os.defpath, "LC_ALL": "C"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    if "LD_LIBRARY_PATH" in os.environ:  # where GitHub's Pythons have their shared library
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    libraries = find_libraries(commands)
+    if libraries:
+        environment["LD_LIBRARY_PATH"] = libraries
     if checks.environment.startswith("borrowed"):
         environment["JUPYTER_PATH"] = str(Path(sys.prefix, "share/jupyter"))  # templates of the report
     folder.mkdir()
