@@ -27,18 +27,23 @@ def read_picture(
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
-            image = ImageOps.exif_transpose(opened)
-        is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-        if image.has_transparency_data and not is_deep:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if not is_deep:
-            return image.convert("RGB")
+            return make_rgb(ImageOps.exif_transpose(opened))
     except MemoryError:  # the picture may be whole
         raise
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and others
         raise CalaError(f"{path} cannot be decoded ({error}); download it again or remove it") from None
-    return reduce_to_eight_bits(image).convert("RGB")
+
+
+def make_rgb(
+    image: Image.Image,  # of any mode
+) -> Image.Image:  # RGB, 8 bits a channel, transparent parts on white
+    "A picture as the models read it."
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return reduce_to_eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def reduce_to_eight_bits(

@@ -1155,6 +1155,7 @@ LIBRARY = (
     "gradcache",
     "hub",
     "loading",
+    "mteb_model",
     "needs",
     "noise",
     "probes",
