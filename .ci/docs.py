@@ -54,10 +54,14 @@ def pages_in_order() -> dict[str, list[Path]]:  # heading -> pages below nbs
 def pages_by_name(
     paths: list[Path],  # below nbs
 ) -> dict[str, Path]:
-    "Pages by the names that prose uses for them: `library/cache`, and `00_task` where no other page has the same name."
-    stems = [path.stem for path in paths]
+    "Pages by their names in prose: `library/cache`, and also `00_task` and `first_run`, which are no names of code."
     pages = {path.with_suffix("").as_posix(): path for path in paths if len(path.parts) > 1}
-    pages |= {path.stem: path for path in paths if re.match(r"\d\d_", path.stem) and stems.count(path.stem) == 1}
+    stems = [path.stem for path in paths]
+    for path in paths:
+        is_lesson = re.match(r"\d\d_", path.stem) is not None
+        is_tutorial = path.parts[0] == "tutorials" and "_" in path.stem
+        if (is_lesson or is_tutorial) and stems.count(path.stem) == 1:
+            pages[path.stem] = path
     return pages
 
 
@@ -78,6 +82,18 @@ def link_names(
     return "".join(parts)
 
 
+def join_intervals(
+    prose: str,  # of a markdown cell
+) -> str:
+    "The prose, in which no line ends within a number and its interval, such as `-5.56 (-5.91 to -5.22)`."
+    number = r"[+-]?\d[\d.]*"
+    return re.sub(
+        rf"{number} \({number} to {number}\)",
+        lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"),
+        prose,
+    )
+
+
 def read_page(
     path: Path,  # below nbs
     pages: dict[str, Path],  # by the names that prose uses for them
@@ -91,7 +107,7 @@ def read_page(
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
         else:
-            cell.source = link_names(cell.source, path, pages)
+            cell.source = join_intervals(link_names(cell.source, path, pages))
         if cell.source.strip():
             cells.append(cell)
     notebook.cells = cells
@@ -139,7 +155,7 @@ def write_api() -> str:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, when it is imported
     notebooks = notebooks_by_module()
-    table = ["| name | | explained in |", "|---|---|---|"]
+    table = ["| name | what it is | explained in |", "|---|---|---|"]
     entries = []
     for name, module in PUBLIC.items():
         value = getattr(import_module(f"cala.{module}"), name)

@@ -46,6 +46,17 @@ def test_names_of_notebooks_in_prose_become_links():
     assert linked.endswith("[`00_task`](x), `tutorials/exercises`.\n```\n`00_task`\n```")
 
 
+def test_names_of_tutorials_become_links_and_names_of_code_do_not():
+    pages = docs.pages_by_name([Path("tutorials/first_run.ipynb"), Path("tutorials/ablation.ipynb")])
+    linked = docs.link_names("`first_run` and `ablation`", Path("backbones/contract.ipynb"), pages)
+    assert linked == "[`first_run`](../tutorials/first_run.ipynb) and `ablation`"
+
+
+def test_a_number_stays_with_its_interval():
+    joined = docs.join_intervals("| mean | -5.56 (-5.91 to -5.22) |")
+    assert joined == "| mean | -5.56\xa0(-5.91\xa0to\xa0-5.22) |"
+
+
 def test_pages_that_fetch_something_from_elsewhere_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<a href="https://a.org">read</a><img src="a.png"><script src="https://a.org/b.js">'
