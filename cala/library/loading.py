@@ -349,9 +349,9 @@ def fill_flags(
     recipe = content.get("recipe", {})
     defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
     types = dict(transform=str, target_ratio=(int, float), dataset=str)
-    transform = getattr(flags, "transform", None)
-    if transform is not None:
-        vars(flags)["transform"] = transform.lower()
+    given: Any = flags
+    if getattr(given, "transform", None) is not None:
+        given.transform = given.transform.lower()
     for name, default in defaults.items():
         if not hasattr(flags, name) or getattr(flags, name) is not None:
             continue
@@ -359,7 +359,6 @@ def fill_flags(
         if value is not None and not isinstance(value, types[name]):
             raise CalaError(f"the recipe of {flags.checkpoint} has {value!r} as {name}; give {spell_flag(name)}")
         setattr(flags, name, value)
-    given: Any = flags
     if hasattr(given, "protocol"):
         given.protocol = given.protocol.lower()
     check_data_flags(given)
