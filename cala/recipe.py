@@ -50,7 +50,9 @@ class DataRecipe:
     categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which of them, separated by commas or spaces
     protocol: Literal["original", "val"] = "original"  # FashionIQ validation gallery: original or val
     triplets: int | None = number(None, above=0)  # how many to train on, drawn by the seed; None: all
-    holdout: float = number(0.0, least=0, below=1)  # share of training triplets, by group or reference, kept for choices
+    holdout: float = number(
+        0.0, least=0, below=1
+    )  # share of training triplets, by group or reference, kept for choices
     noise_ratio: float = number(0.0, least=0, most=1)  # share of training triplets whose targets are shuffled
     transform: str = "targetpad"  # targetpad, squarepad, plain; clip: the tower's own
     target_ratio: float = number(1.25, least=1)  # target pad: pad only pictures longer than this
