@@ -1138,6 +1138,7 @@ PLAIN = ("annotations", "errors", "options", "pictures", "progress", "recipe", "
 BACKBONES = ("blip2", "clip", "contract", "weights")
 LIBRARY = (
     "ablation",
+    "ablation_dataset",
     "atlas",
     "audit",
     "benchmark",
@@ -1153,6 +1154,7 @@ LIBRARY = (
     "gallery",
     "gpu",
     "gradcache",
+    "holdout",
     "hub",
     "loading",
     "mteb_model",
@@ -1214,11 +1216,12 @@ def draw_wings() -> Figure:
         figure.box(60, 200 + 34 * n, 152, 28, lesson, look="cell", dashed=lesson in WITHOUT_MODULE, stroke=1.2)
     figure.text(124, 656, "without a lesson", 13)
     for n, name in enumerate(PLAIN):
-        figure.box(32 + 95 * (n % 2), 668 + 32 * (n // 2), 89, 26, name, look="cell", size=13, stroke=1.2)
+        figure.box(32 + 95 * (n % 2), 664 + 25 * (n // 2), 89, 22, name, look="cell", size=12, stroke=1.2)
     for n, name in enumerate(BACKBONES):
         figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(LIBRARY):
-        figure.box(470 + 112 * (n % 2), 200 + 34 * (n // 2), 102, 28, name, look="cell", stroke=1.2)
+        size = 14 if len(name) < 13 else 11
+        figure.box(468 + 114 * (n % 2), 200 + 29 * (n // 2), 106, 25, name, look="cell", size=size, stroke=1.2)
     for n, name in enumerate(SCRIPTS):
         figure.box(743, 200 + 34 * n, 132, 28, name, look="cell", stroke=1.2)
     return figure
