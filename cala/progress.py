@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IN_JUPYTER = tqdm is not plain_tqdm
 BAR_DELAY = 1.0  # seconds until a bar or a widget appears; shorter work shows none
 LINE_DELAY = 2.0  # seconds until the first line in a log; shorter work writes none
-LINE_INTERVALS = 10.0, 300.0  # seconds between two lines in a log: a tenth of the time so far, within these bounds
+LINE_INTERVALS = 5.0, 300.0  # seconds between two lines in a log: a tenth of the time so far, within these bounds
 MEGABYTE = 10**6
 LARGE = 256 * MEGABYTE  # bytes; less is read, hashed or written in a moment
 
