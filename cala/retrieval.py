@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GALLERY_AT', 'GROUP_AT', 'FASHION_AT', 'compare_rows', 'check_scores', 'check_positions', 'pick_scores',
-           'count_rivals', 'target_ranks', 'target_ties', 'recalls', 'count_group_rivals', 'check_groups',
-           'group_ranks', 'Ranks', 'rank_tiles', 'cirr_metrics', 'fashioniq_metrics', 'cut_tiles', 'read_block',
-           'Tiles', 'evaluating', 'rank_queries', 'collate_pictures', 'load_batches', 'embed_pictures', 'embed_texts',
-           'Embedded', 'embed', 'Section', 'sections', 'read_targets', 'rank_section', 'add_ranks', 'Result', 'average',
-           'summarise', 'describe_sections', 'as_list', 'chance', 'section_recalls', 'measure', 'image_only',
-           'text_only', 'evaluate']
+           'count_rivals', 'target_ranks', 'recalls', 'count_group_rivals', 'check_groups', 'Ranks', 'rank_tiles',
+           'rank_table', 'cirr_metrics', 'fashioniq_metrics', 'cut_tiles', 'read_block', 'Tiles', 'evaluating',
+           'rank_queries', 'collate_pictures', 'load_batches', 'embed_pictures', 'embed_texts', 'Embedded', 'embed',
+           'Section', 'sections', 'read_targets', 'rank_section', 'add_ranks', 'Result', 'summarise',
+           'describe_sections', 'as_list', 'chance', 'section_recalls', 'measure', 'image_only', 'text_only',
+           'evaluate']
 
 # %% ../nbs/method/09_retrieval.ipynb #f9b464d6
 import warnings
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 from typing import NamedTuple
 
@@ -113,17 +114,6 @@ def target_ranks(
     higher, _ = count_rivals(scores, pick_scores(scores, targets[:, None]), targets, exclude)
     return higher + 1
 
-# %% ../nbs/method/09_retrieval.ipynb #80a03c46
-def target_ties(
-    scores: Tensor,  # (Q, N)
-    targets: Tensor,  # (Q,) gallery positions
-    exclude: Tensor | None = None,  # (Q,) gallery positions that never count
-) -> Tensor:  # (Q,) long
-    "How many other pictures score exactly as the target: rank + ties is the target's rank in the worst order."
-    targets, exclude = check_positions(scores, targets, exclude)
-    _, equal = count_rivals(scores, pick_scores(scores, targets[:, None]), targets, exclude)
-    return equal
-
 # %% ../nbs/method/09_retrieval.ipynb #13f61c7a
 def recalls(
     ranks: Tensor,  # (Q,), 1 = first; with ties the rank in the best order
@@ -158,25 +148,16 @@ def count_group_rivals(
 
 def check_groups(
     targets: Tensor,  # (Q,) gallery positions
-    groups: Tensor,  # (Q, 6) gallery positions
+    references: Tensor | None,  # (Q,) gallery positions; needed with groups
+    groups: Tensor | None,  # (Q, 6) gallery positions; None: nothing to check
 ):
-    "Raise `CalaError` if a target is not a member of its group."
+    "Raise an error if groups come without references, or if a target is not a member of its group."
+    if groups is None:
+        return
+    if references is None:
+        raise ValueError("groups need references, which are left out")
     if not (groups == targets[:, None]).any(1).all():
         raise CalaError("a target is not in its own group; check the annotations (img_set members)")
-
-
-def group_ranks(
-    scores: Tensor,  # (Q, N)
-    references: Tensor,  # (Q,) gallery positions, left out
-    targets: Tensor,  # (Q,) gallery positions
-    groups: Tensor,  # (Q, 6) gallery positions of each query's group
-) -> Tensor:  # (Q,) long, 1 to 5
-    "The rank of each target among the others of its group; as in `target_ranks`, only higher scores count."
-    references, targets, groups = check_positions(scores, references, targets, groups)
-    check_groups(targets, groups)
-    bar = pick_scores(check_scores(scores), targets[:, None])
-    higher, _ = count_group_rivals(scores, bar, references, targets, groups)
-    return higher + 1
 
 # %% ../nbs/method/09_retrieval.ipynb #1b796a1a
 class Ranks(NamedTuple):
@@ -207,6 +188,18 @@ def rank_tiles(
     return Ranks(higher + 1, ties, group_higher + 1, group_ties)
 
 
+def rank_table(
+    scores: Tensor,  # (Q, N), higher is better
+    targets: Tensor,  # (Q,) gallery positions
+    exclude: Tensor | None = None,  # (Q,) gallery positions that never count; with groups, the references
+    groups: Tensor | None = None,  # (Q, 6) gallery positions
+) -> Ranks:
+    "Ranks of the targets, from the whole table of scores."
+    targets, exclude, groups = check_positions(scores, targets, exclude, groups)
+    check_groups(targets, exclude, groups)
+    return rank_tiles([(0, scores)], pick_scores(scores, targets[:, None]), targets, exclude, groups)
+
+
 GALLERY_AT, GROUP_AT, FASHION_AT = (1, 5, 10, 50), (1, 2, 3), (10, 50)
 
 
@@ -217,9 +210,7 @@ def cirr_metrics(
     groups: Tensor,  # (Q, 6) gallery positions
 ) -> dict[str, float]:  # percentages: recall_at1, 5, 10, 50 and group_recall_at1, 2, 3
     "The seven recalls of CIRR."
-    references, targets, groups = check_positions(scores, references, targets, groups)
-    check_groups(targets, groups)
-    ranks = rank_tiles([(0, scores)], pick_scores(scores, targets[:, None]), targets, references, groups)
+    ranks = rank_table(scores, targets, references, groups)
     return recalls(ranks.rank, GALLERY_AT, ties=ranks.ties) | recalls(ranks.group, GROUP_AT, "group_", ranks.group_ties)
 
 
@@ -228,7 +219,8 @@ def fashioniq_metrics(
     targets: Tensor,  # (Q,) gallery positions
 ) -> dict[str, float]:  # percentages: recall_at10 and recall_at50
     "The two recalls of FashionIQ, for one category."
-    return recalls(target_ranks(scores, targets), FASHION_AT, ties=target_ties(scores, targets))
+    ranks = rank_table(scores, targets)
+    return recalls(ranks.rank, FASHION_AT, ties=ranks.ties)
 
 # %% ../nbs/method/09_retrieval.ipynb #0e506527
 def cut_tiles(
@@ -237,8 +229,9 @@ def cut_tiles(
     held: int,  # scores in memory at once
 ) -> tuple[int, int]:  # queries and pictures of a tile
     "How large tiles are: whole rows if 1,024 of them fit, otherwise blocks of both."
+    pictures = max(1, pictures)
     if min(queries, 1024) * pictures <= held:
-        return max(1, min(queries, held // max(1, pictures))), max(1, pictures)
+        return max(1, min(queries, held // pictures)), pictures
     rows = max(1, min(queries, 1024, int(held**0.5)))
     return rows, max(1, min(2**13, held // rows))
 
@@ -330,10 +323,7 @@ def rank_queries(
         raise CalaError(
             "a rank counts every picture, but an index only finds the nearest; give the features themselves"
         )
-    if groups is not None:
-        if exclude is None:
-            raise ValueError("groups need exclude: their references are left out")
-        check_groups(targets, groups)
+    check_groups(targets, exclude, groups)
     rows, block = cut_tiles(len(reference), len(gallery), held)
     order = torch.arange(len(targets)) if block >= len(gallery) else targets.argsort(stable=True).cpu()
     parts = []
@@ -548,13 +538,6 @@ class Result(dict):
     ranks: Any = None  # a table, one row per query
 
 
-def average(
-    values: list[float],
-) -> float:
-    "The mean of a few numbers."
-    return sum(values) / len(values)
-
-
 def summarise(
     parts: dict[str, dict],  # category ("" for CIRR) -> recalls
 ) -> dict[str, float]:
@@ -562,14 +545,14 @@ def summarise(
     if "" in parts:
         metrics = parts[""]
         means = dict(
-            mean=average([*metrics.values()]),
-            mean_at5_group1=average([metrics["recall_at5"], metrics["group_recall_at1"]]),
+            mean=fmean(metrics.values()),
+            mean_at5_group1=fmean([metrics["recall_at5"], metrics["group_recall_at1"]]),
         )
         return metrics | means
     by_category = {f"{category}_{key}": value for category, metrics in parts.items() for key, value in metrics.items()}
     keys = [f"recall_at{k}" for k in FASHION_AT]
-    means = {key: average([metrics[key] for metrics in parts.values()]) for key in keys}
-    return by_category | means | dict(mean=average([*means.values()]))
+    means = {key: fmean(metrics[key] for metrics in parts.values()) for key in keys}
+    return by_category | means | dict(mean=fmean(means.values()))
 
 
 def describe_sections(

@@ -32,11 +32,10 @@ from cala.retrieval import cirr_metrics
 from cala.retrieval import embed
 from cala.retrieval import evaluate
 from cala.retrieval import fashioniq_metrics
-from cala.retrieval import group_ranks
 from cala.retrieval import measure
 from cala.retrieval import rank_queries
+from cala.retrieval import rank_table
 from cala.retrieval import target_ranks
-from cala.retrieval import target_ties
 
 
 def problem(seed, Q=37, N=53, ties=False):
@@ -66,11 +65,13 @@ def test_ranks_equal_those_of_plain_python_sorting(seed, ties):
     assert target_ranks(scores, targets).tolist() == [slow_rank(s, t, everything) for s, r, t, g in rows]
     left_out = [slow_rank(s, t, [n for n in everything if n != r]) for s, r, t, g in rows]
     assert target_ranks(scores, targets, references).tolist() == left_out
-    assert group_ranks(scores, references, targets, groups).tolist() == [
+    ranks = rank_table(scores, targets, references, groups)
+    assert ranks.rank.tolist() == left_out
+    assert ranks.group.tolist() == [
         slow_rank(s, t, [n for n in g if n != r]) for s, r, t, g in rows
     ]
     equals = [sum(bool(s[n] == s[t]) for n in everything if n not in (t, r)) for s, r, t, g in rows]
-    assert target_ties(scores, targets, references).tolist() == equals
+    assert ranks.ties.tolist() == equals
 
 
 def test_metrics_equal_the_released_programs_way_of_sorting_names():
@@ -132,7 +133,7 @@ def test_chunked_ranks_and_top_k_equal_the_whole_table(name):
     for held in (90, 3000, 2**26):
         ranks = rank_queries(frame, reference, text, gallery, targets, references, groups, held=held)
         assert torch.equal(ranks.rank, target_ranks(scores, targets, references))
-        assert torch.equal(ranks.group, group_ranks(scores, references, targets, groups))
+        assert torch.equal(ranks.group, rank_table(scores, targets, references, groups).group)
         best = top_k(frame, reference, text, gallery, 7, exclude=references, held=held)
         assert torch.equal(best.positions, scores.scatter(1, references[:, None], -torch.inf).topk(7).indices)
     assert frame.training
