@@ -110,7 +110,7 @@ class LoopRecipe:
     gallery_negatives: bool = False  # every picture of the training gallery is a negative; with --encoder multi or text
     learning_rate: float = number(5e-6, above=0)  # of Q-Formers and query tokens; associations x2, ARTEMIS x10
     weight_decay: float = number(0.05, least=0)  # of AdamW
-    max_epoch: int = number(15, above=0)  # epochs until the cosine reaches --min-lr
+    max_epoch: int | None = number(None, above=0)  # epochs until the rate is --min-lr; None: all, or 15 for released
     min_lr: float = number(0.0, least=0)  # where the learning rate ends
     schedule: Literal["cosine", "released", "constant"] | None = None  # of the learning rate; None: the recipe's choice
     warmup: float = number(0.0, least=0)  # epochs of linear warm-up
@@ -169,6 +169,7 @@ RECIPES = dict(
 )
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
 TWO_WAY_WEIGHTS = dict(alpha=0.0, beta=0.3)
+RELEASED_MAX_EPOCH = 15  # the published command gives it
 
 
 def spell_flag(
@@ -243,7 +244,10 @@ def resolve(
     if values["cir_frame"] == "artemis":  # its scores have no scale
         chosen.pop("qtm_scale", None)
     missing = {name: value for name, value in chosen.items() if values[name] is None}
-    return {**values, **missing}
+    values = {**values, **missing}
+    if values["max_epoch"] is None:
+        values["max_epoch"] = RELEASED_MAX_EPOCH if values["schedule"] == "released" else values["num_epochs"]
+    return values
 
 
 def check_ranges(

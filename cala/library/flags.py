@@ -18,6 +18,11 @@ from ..recipe import CACHE_DTYPES
 from ..recipe import CACHES
 from ..recipe import CacheDtype
 from ..recipe import CacheName
+from ..recipe import DataRecipe
+from ..recipe import LogitScale
+from ..recipe import LoopRecipe
+from ..recipe import ModelRecipe
+from ..recipe import number
 from .cli import Words
 from .cli import spell_flag
 
@@ -58,7 +63,9 @@ class ModelFlags:
 class RerankFlags:
     "Whether the best pictures are ranked again."
 
-    rerank: int | None = None  # rank this many of the best pictures again by CTR; for checkpoints of --ctr pairs
+    rerank: int | None = (
+        None  # rank this many of the best again by CTR of --ctr pairs; 20 cost about 1 ms a query, no further memory
+    )
     rerank_weight: float | None = None  # of CTR in the second ranking; None: cala-validate chooses it
 
 
@@ -187,32 +194,114 @@ def check_combiner_recipe(
 
 
 ABLATION_PARTS = ("scale", "ctr", "headline", "conditions", "where", "reasons", "slice")
-ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard", "fashioniq_hard")
+DATASET_PARTS = ("scale", "headline", "ctr")  # with --dataset
+ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard")
 
 
 @dataclass
-class Ablation:
-    "Many short trainings that differ in one thing each; a CSV row a run."
+class AblationFlags:
+    "What is compared."
 
     parts: Words = (
         "scale,ctr,headline,conditions,where,reasons"  # questions, separated by commas; slice: a few arms, in minutes
     )
-    worlds: Words = (
-        "cirr,fashioniq,cirr_hard,fashioniq_hard"  # drawn data sets; the hard ones have more to read and more rivals
-    )
+    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; cirr_hard has larger scenes and two edits a sentence
     seeds: int = 5  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
     workers: int | None = None  # processes of one torch thread each; None: one a core
     compare: str | None = None  # a CSV of other runs that the paired differences must agree with
+    scales: Words = "100,55,20,10,6,3,learned"  # with --dataset: logit scales of QTM that are compared
+    cost: bool = False  # with --dataset: print what all runs would cost, and start none
+
+
+@dataclass
+class Ablation(LoopRecipe, ModelRecipe, DataRecipe, AblationFlags):
+    """Many short trainings that differ in one thing each; a CSV row a run.
+
+    Without --dataset the data is drawn, and only the flags down to --compare are read. With --dataset the flags of
+    cala-train below them say what all runs have in common."""
+
+    dataset: Literal["CIRR", "FashionIQ"] | None = None  # a data set with its pictures; None: drawn worlds
+    holdout: float = number(
+        0.05, least=0, below=1
+    )  # with --dataset: share of the training triplets for choices; 0: val
+    cache: CacheName = "auto"  # off, tokens: of the frozen trunk, on disk; auto: if it pays, and targets too
+    num_epochs: int = number(
+        8, above=0
+    )  # passes over the triplets, of every arm; multiples of 4 suit the arm of 25% more
+    qtm_scale: LogitScale | None = number(None, above=0)  # of the associations; None: the best scale of the part scale
 
     def __post_init__(self):
-        self.parts = split_choices("--parts", self.parts, ABLATION_PARTS)
-        self.worlds = split_choices("--worlds", self.worlds, ABLATION_WORLDS)
         check_least(self, dict(seeds=1))
-        if self.workers is not None:
-            check_least(self, dict(workers=1))
-        if self.compare:
-            check_rows_file(self.compare)
+        defaults = {each.name: each.default for each in fields(Ablation)}
+        given = {name for name, value in vars(self).items() if value != defaults[name]}
+        if self.dataset is None:
+            check_drawn_ablation(self, given)
+        else:
+            check_dataset_ablation(self, given)
+
+
+# Flags of cala-train that an ablation on a data set chooses itself.
+CHOSEN_BY_ARMS = ("recipe", "objective", "ctr", "tac_weight", "hca_weight", "alpha", "beta", "features", "padding")
+CHOSEN_BY_ARMS += ("tbia_scale", "ctr_scale", "cir_frame", "seed", "max_epoch")
+
+
+def check_drawn_ablation(
+    ablation: Ablation,  # changed: lists of words become tuples
+    given: set[str],  # names of the flags that differ from their defaults
+):
+    "`CalaError` for flags that make no ablation on drawn worlds."
+    own = {each.name for each in fields(AblationFlags)} - {"scales", "cost"}
+    foreign = sorted(given - own)
+    if foreign:
+        flag = spell_flag(foreign[0])
+        raise CalaError(f"{flag} belongs to --dataset, and drawn worlds have their own settings; leave it out")
+    ablation.parts = split_choices("--parts", ablation.parts, ABLATION_PARTS)
+    ablation.worlds = split_choices("--worlds", ablation.worlds, ABLATION_WORLDS)
+    if ablation.workers is not None:
+        check_least(ablation, dict(workers=1))
+    if ablation.compare:
+        check_rows_file(ablation.compare)
+
+
+def check_dataset_ablation(
+    ablation: Ablation,  # changed: lists of words become tuples
+    given: set[str],  # names of the flags that differ from their defaults
+):
+    "`CalaError` for flags that make no ablation on a data set."
+    for name in ("worlds", "workers", "compare"):
+        if name in given:
+            raise CalaError(f"{spell_flag(name)} belongs to drawn worlds; leave it out, or leave out --dataset")
+    for name in CHOSEN_BY_ARMS:
+        if name in given:
+            advice = "give --seeds" if name == "seed" else "leave it out"
+            raise CalaError(f"{spell_flag(name)} {getattr(ablation, name)}: an ablation chooses it; {advice}")
+    if "parts" not in given:
+        ablation.parts = ("scale", "headline")
+    ablation.parts = split_choices("--parts", ablation.parts, DATASET_PARTS)
+    if ablation.qtm_scale == "learned":
+        raise CalaError("--qtm-scale learned: the associations are compared at a fixed scale; give a number")
+    if "scale" not in ablation.parts and ablation.qtm_scale is None:
+        raise CalaError(f"--parts {','.join(ablation.parts)}: give --qtm-scale, or --parts scale too, which finds it")
+    ablation.scales = read_scales(ablation.scales)
+
+
+def read_scales(
+    given: str | tuple,  # of --scales
+) -> tuple[str, ...]:  # numbers in their shortest form, and perhaps the word learned
+    "The logit scales of an ablation."
+    scales = []
+    for word in given.lower().replace(",", " ").split() if isinstance(given, str) else given:
+        try:
+            scale = word if word == "learned" else f"{float(word):g}"
+        except ValueError:
+            scale = "0"
+        if scale != "learned" and not 0 < float(scale) < float("inf"):
+            raise CalaError(f"--scales {word}: give numbers above 0, or the word learned")
+        scales.append(scale)
+    if not set(scales) - {"learned"}:
+        raise CalaError("--scales: give at least one number")
+    return tuple(dict.fromkeys(scales))
 
 
 def check_rows_file(
@@ -242,7 +331,7 @@ def split_choices(
 
 # The benchmark
 
-PARTS = ("steps", "optimizer", "ranking", "artemis", "loading", "epoch")
+PARTS = ("steps", "optimizer", "ranking", "artemis", "loading", "circo", "epoch")
 CHOICES = dict(size=("small", "full"), precision=("no", "bf16"))  # flags with one value
 LISTS = dict(only=PARTS, modes=("both", "multi", "text"))  # flags with several values
 
@@ -257,7 +346,7 @@ class Benchmark:
     precision: str = "no"  # no (float32) or bf16 (autocast, and the trunk)
     repeats: int = 3  # of each measurement, after a warm-up; the median counts
     modes: tuple[str, ...] = ("both", "multi")  # of --encoder: both, multi, text
-    only: tuple[str, ...] = PARTS[:-1]  # some of the parts, separated by commas; epoch takes longest
+    only: tuple[str, ...] = PARTS[:-2]  # some of the parts, separated by commas; circo and epoch take longest
     triplets: int = 60  # of the epoch's training split; validation has CIRR's share of that
     seed: int = 0  # of weights, world and features
     gpu: bool = False  # instead, all checks and measurements for a GPU, in under eight minutes

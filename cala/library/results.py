@@ -94,7 +94,7 @@ def find_rerank_weight(
             return weight
     command = f"cala-validate --checkpoint {flags.checkpoint} --rerank {flags.rerank}"
     raise CalaError(
-        f"--rerank {flags.rerank} needs --rerank-weight; {command} chooses one and writes it to validation/result.json, "
+        f"--rerank {flags.rerank} needs --rerank-weight; {command} chooses it and writes validation/result.json, "
         "where it is found"
     )
 
