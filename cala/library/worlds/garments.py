@@ -22,6 +22,7 @@ from .files import check_number
 from .files import draw_once
 from .files import write_json
 from .scenes import OUTLINES
+from ...progress import show_progress
 
 # %% ../../../nbs/library/worlds/garments.ipynb #f2f71364
 DYES = dict(
@@ -406,7 +407,8 @@ def _draw_split(folder, split, record, seen, used):
         garments, rows, kinds = _draw_category(category, record[split], rng, seen, used, difficulty)
         for i, kind in enumerate(kinds):
             edits[f"{category}-{i}"] = kind
-        for name, garment in garments.items():
+        for name in show_progress(garments, f"draw {category} {split}", unit="pictures", is_part=True):
+            garment = garments[name]
             about[name] = dict(captions=garment_captions(garment, rng), **garment._asdict())
             picture = garment_picture(garment, record["size"])
             picture.save(folder / f"images/{name}.jpg", quality=92, subsampling=0)  # thin stripes keep their colour

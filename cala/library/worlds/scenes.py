@@ -22,6 +22,7 @@ from PIL import ImageDraw
 from .files import check_number
 from .files import draw_once
 from .files import write_json
+from ...progress import show_progress
 
 # %% ../../../nbs/library/worlds/scenes.ipynb #2ab1fce5
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
@@ -374,7 +375,7 @@ def _draw_split(folder, split, groups, record, first_id, rng, seen):
     "Draw the pictures of one split and write its annotations."
     prefix = "dev" if split == "val" else split
     rows, files, scenes, kinds = [], {}, {}, {}
-    for number in range(groups):
+    for number in show_progress(range(groups), f"draw {split}", unit="groups", is_part=True):
         members, edges = draw_group(rng, seen, HARD if record.get("hard") else EASY)
         group_files = _save_group(folder, prefix, number, members, record["size"])
         names = list(group_files)
