@@ -56,13 +56,13 @@ class HingeCrossAttention(nn.Module):
         text: torch.Tensor,  # (B, L_c, d)
         target: torch.Tensor,  # (B, L_t, d)
         text_mask: torch.Tensor | None = None,  # (B, L_c) bool, False for padding
-    ) -> dict:  # A (B, L_r, L_c), B (B, L_c, L_t), P (B, L_r, L_t)
-        "The links A and B and the attention P, without dropout."
+    ) -> dict:  # A (B, L_r, L_c), A2 (B, L_c, L_t), P (B, L_r, L_t)
+        "The links A and A2 and the attention P, without dropout."
         keys = self.text_keys(text, text_mask)
         scale = text.shape[-1] ** -0.5
         A = self.query(reference) * scale @ keys.transpose(1, 2)
-        B = keys * scale @ self.key_target(target).transpose(1, 2)
-        return dict(A=A, B=B, P=(A @ B).softmax(-1))
+        A2 = keys * scale @ self.key_target(target).transpose(1, 2)
+        return dict(A=A, A2=A2, P=(A @ A2).softmax(-1))
 
 # %% ../nbs/method/06_associations.ipynb #e0ea5924
 def four_passes(

@@ -191,15 +191,15 @@ def test_a_wrong_frame_or_option_gets_one_line(call, message):
 
 
 def hca_slow(m, r, c, t, mask):
-    "Row 0 of softmax(A B) V, one triplet; only real words are summed over."
+    "Row 0 of softmax(A A') V, one triplet; only real words are summed over."
     d = r.shape[-1]
     q = [affine(m.query, x) for x in r]
     k = [affine(m.key_text, x) for x, real in zip(c, mask) if real]
     k2, v = [affine(m.key_target, x) for x in t], [affine(m.value, x) for x in t]
     A = [[dot(x, y) / math.sqrt(d) for y in k] for x in q]
-    B = [[dot(x, y) / math.sqrt(d) for y in k2] for x in k]
-    AB = [[sum(A[i][w] * B[w][j] for w in range(len(k))) for j in range(len(t))] for i in range(len(r))]
-    P = [softmax(row) for row in AB]
+    A2 = [[dot(x, y) / math.sqrt(d) for y in k2] for x in k]
+    product = [[sum(A[i][w] * A2[w][j] for w in range(len(k))) for j in range(len(t))] for i in range(len(r))]
+    P = [softmax(row) for row in product]
     return sum(P[0][j] * v[j] for j in range(len(t)))
 
 

@@ -206,7 +206,7 @@ def hinge_parts(
     "The attention of HCA for one triplet, divided among the words; padding is left out."
     maps = hca.maps(F_r.tokens, F_c.tokens, F_t.tokens, F_c.mask)
     A = maps["A"][0, row]
-    pull = A[:, None] * maps["B"][0]
+    pull = A[:, None] * maps["A2"][0]
     return Hinge(A.cpu(), (pull - pull.mean(1, keepdim=True)).cpu(), maps["P"][0, row].cpu())
 
 # %% ../../nbs/library/atlas.ipynb #d133b732

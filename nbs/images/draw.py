@@ -744,8 +744,8 @@ SIDE, LOW = 58, 42  # px of d or 32 rows, and of L_c rows
 def draw_hca() -> Figure:
     "The matrices of hinge-based cross-attention."
     description = (
-        "Linear layers make Q from F_r, K from F_c, and K' and V from F_t. A is Q times K transposed, B is K times K' "
-        "transposed, both divided by the square root of d. P is the softmax of A times B over the target tokens, with "
+        "Linear layers make Q from F_r, K from F_c, and K' and V from F_t. A is Q times K transposed, A' is K times K' "
+        "transposed, both divided by the square root of d. P is the softmax of A times A' over the target tokens, with "
         "dropout. Row 0 of P times V is the output."
     )
     figure = Figure(900, 640, "HCA: hinge-based cross-attention", description)
@@ -762,7 +762,7 @@ def draw_hca() -> Figure:
     figure.rule(545)
     figure.notes(
         569,
-        "There is no softmax on A or B alone, no residual and no norm:  A B = Q K^{T} K K′^{T} / d.",
+        "There is no softmax on A or A′ alone, no residual and no norm:  A A′ = Q K^{T} K K′^{T} / d.",
         "The Gram matrix K^{T} K of the text (d, d) is the metric between Q of the reference and K′ of the target.",
         "Scores:  z_{tbia}(i, j) = 10 · HCA_{i} · F_{r}[0]_{j}.  Only row 0 of Q is needed for the output.",
     )
@@ -794,7 +794,7 @@ def draw_hca_inputs(figure: Figure) -> list:  # boxes of Q, K, K' and V
 
 
 def draw_hca_links(figure: Figure, query: Box, key: Box, target_key: Box):
-    "A and B, the products that link the text with either picture, and their product."
+    "A and A', the products that link the text with either picture, and their product."
     for box, shift, end, look in (
         (query, 0, 177, "r"),
         (key, -9, 203, "c"),
@@ -808,18 +808,18 @@ def draw_hca_links(figure: Figure, query: Box, key: Box, target_key: Box):
         figure.path((335, y), (386, y))
         figure.text(359, y - 13, "/ √d", 13, muted=True)
     a = figure.matrix(386, 190 - SIDE / 2, LOW, SIDE, "A", "", "r", "c")
-    b = figure.matrix(386, 310 - LOW / 2, SIDE, LOW, "", "", "c", "t")
+    a2 = figure.matrix(386, 310 - LOW / 2, SIDE, LOW, "", "", "c", "t")
     figure.text(a.right + 8, 180, "(32, L_{c})", 13, "start", muted=True)
-    figure.text(b.middle_x, b.bottom + 18, "B", 16, bold=True)
-    figure.text(b.middle_x, b.bottom + 37, "(L_{c}, 32)", 13, muted=True)
+    figure.text(a2.middle_x, a2.bottom + 18, "A′", 16, bold=True)
+    figure.text(a2.middle_x, a2.bottom + 37, "(L_{c}, 32)", 13, muted=True)
     figure.path((a.right, 198), (502, 198), (502, 237))
-    figure.path((b.right, 310), (502, 310), (502, 263))
+    figure.path((a2.right, 310), (502, 310), (502, 263))
     figure.node(502, 250, "×")
 
 
 def draw_hca_output(figure: Figure, value: Box):
     "The softmax, the product with V, and its row 0."
-    softmax = figure.box(530, 208, 124, 84, "*softmax of A B", "over the target", "tokens;", "dropout 0.1", size=13)
+    softmax = figure.box(530, 208, 124, 84, "*softmax of A A′", "over the target", "tokens;", "dropout 0.1", size=13)
     weights = figure.matrix(682, 250 - SIDE / 2, SIDE, SIDE, "P", "(32, 32)", "r", "t")
     product = figure.matrix(812, 250 - SIDE / 2, SIDE, SIDE, "P V", "(32, d)", "r", first_row=True)
     figure.node(770, 250, "×")
