@@ -6,11 +6,12 @@
 __all__ = ['MORE_STEPS', 'SHARED', 'MEASURED_STEPS', 'TABLE_METRICS', 'name_baseline', 'list_scale_arms', 'list_association_arms',
            'list_jobs', 'make_recipe', 'open_held_out', 'measure_run', 'run_job', 'Cost', 'StepTimer', 'read_clock',
            'HeldTokens', 'measure_seconds', 'measure_cost', 'name_kind', 'Sizes', 'count_sizes', 'describe_costs',
-           'prepare_caches', 'list_flags', 'check_same_flags', 'choose_scale', 'describe_choice', 'is_done',
-           'list_all_jobs', 'print_cost', 'run_jobs', 'run_dataset_ablation', 'sort_arms', 'describe_effect',
+           'prepare_caches', 'list_flags', 'check_same_flags', 'choose_scale', 'free_memory', 'describe_choice',
+           'is_done', 'list_all_jobs', 'print_cost', 'run_jobs', 'run_dataset_ablation', 'sort_arms', 'describe_effect',
            'describe_rows']
 
 # %% ../../nbs/library/ablation_dataset.ipynb #5309f241
+import gc
 import json
 import re
 import shutil
@@ -87,7 +88,7 @@ def name_baseline(
 
 
 def list_scale_arms(
-    scales: tuple[str, ...],  # numbers, and perhaps the word learned
+    scales: Any,  # numbers, and perhaps the word learned
 ) -> dict[str, dict]:
     "QTM alone at several scales: name -> flags of cala-train."
     arms = {}
@@ -152,9 +153,9 @@ def make_recipe(
     epochs = ablation.num_epochs
     if job.arm.endswith(MORE_STEPS):
         epochs = max(epochs + 1, round(1.25 * epochs))
-    shared = {name: getattr(ablation, name) for name in SHARED}
+    settings: dict[str, Any] = {name: getattr(ablation, name) for name in SHARED}
     is_begun = output is not None and find_whole_folder(output / "last").is_dir()
-    own = dict(
+    settings |= job.flags | dict(
         seed=job.seed,
         num_epochs=epochs,
         max_epoch=epochs,
@@ -163,7 +164,7 @@ def make_recipe(
         output=output,
         resume=output if is_begun else None,
     )
-    return Recipe(**(shared | job.flags | own))
+    return Recipe(**settings)
 
 
 def open_held_out(
@@ -195,10 +196,11 @@ def measure_run(
     run: Run,  # a finished training
 ) -> dict[str, float]:  # choice_<metric>, kept_<metric>, again_<metric> and again_weight
     "Measure held-out triplets and the validation split, once by QTM and once with the best pictures ranked again."
-    model, recipe = run.model, run.recipe
+    model: Any = run.model
+    recipe = run.recipe
     _, validation = open_data(recipe, model)
     choice = open_held_out(recipe, model) if recipe.holdout else validation
-    options = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=False)
+    options: dict[str, Any] = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=False)
     embedded = {"choice": [embed(model, each, **options) for each in choice]}
     embedded["kept"] = [embed(model, each, **options) for each in validation] if recipe.holdout else embedded["choice"]
     row = {}
@@ -314,12 +316,14 @@ def measure_cost(
     triplets = min(triplets, MEASURED_STEPS * recipe.batch_size)
     short = dict(triplets=triplets, num_epochs=1, save_training=False, resume=None)
     if holds_tokens:
-        short |= dict(cache="off", num_workers=0)
+        # Negatives from the whole gallery would embed all of it first.
+        short |= dict(cache="off", num_workers=0, gallery_negatives=False)
     start, timer = time.perf_counter(), StepTimer()
     with tempfile.TemporaryDirectory() as output:
         learner = make_learner(replace(recipe, output=output, **short), progress=False, callbacks=[timer])
         build = time.perf_counter() - start
-        data, model, device = learner.data, learner.core, learner.accelerator.device
+        data: Any = learner.data
+        model, device = learner.core, learner.accelerator.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if holds_tokens:
@@ -479,12 +483,19 @@ def check_same_flags(
 
 def choose_scale(
     rows: pd.DataFrame,  # of `read_rows`
-    scales: tuple[str, ...],  # of --scales
+    scales: Any,  # of --scales
 ) -> float:
     "The scale with the best mean recall on the data for choices, over the seeds that all scales have."
     arms = {name_baseline(float(scale)): float(scale) for scale in scales if scale != "learned"}
     table = rows[rows.arm.isin(arms)].pivot_table(index="seed", columns="arm", values="choice_mean").dropna()
     return arms[str(table.mean().idxmax())]
+
+
+def free_memory():
+    "Let go of the last run's model, which may fill most of a GPU, before the next one is made."
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe_choice(
@@ -508,7 +519,7 @@ def list_all_jobs(
     ablation: Ablation,
 ) -> list[Job]:
     "The runs of all parts; where the best scale is not known yet, at a scale that takes its place."
-    scale = ablation.qtm_scale or float(next(scale for scale in ablation.scales if scale != "learned"))
+    scale: Any = ablation.qtm_scale or float(next(scale for scale in ablation.scales if scale != "learned"))
     jobs = [job for part in ablation.parts for job in list_jobs(ablation, part, scale)]
     return list({job.file_name: job for job in jobs}.values())
 
@@ -533,6 +544,7 @@ def print_cost(
     costs = {}
     for kind, recipe in kinds.items():
         costs[kind] = measure_cost(recipe, sizes.training, holds_tokens=not is_cached)
+        free_memory()
     print(describe_costs(waiting, costs, sizes))
     if not is_cached:
         print("the caches are not complete: steps were measured with tokens in memory")
@@ -548,6 +560,7 @@ def run_jobs(
     for number, job in enumerate(waiting, 1):
         print(f"run {number} of {len(waiting)}: {job.arm}, seed {job.seed}", flush=True)
         row = run_job(ablation, job)
+        free_memory()
         left = (time.monotonic() - start) / number * (len(waiting) - number) / 3600
         print(f"mean recall on val {row['kept_mean']:.2f}; {left:.2f} hours left for these runs", flush=True)
 
@@ -556,7 +569,8 @@ def run_dataset_ablation(
     ablation: Ablation,
 ) -> tuple[pd.DataFrame, float]:  # rows of all runs, and the scale of the associations
     "Print the cost, run what is not done yet, write rows.csv."
-    folder, scale = Path(ablation.output), ablation.qtm_scale
+    folder = Path(ablation.output)
+    scale: Any = ablation.qtm_scale
     print_cost(ablation)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "flags.json", json.dumps(list_flags(ablation), indent=1).encode())
@@ -567,7 +581,7 @@ def run_dataset_ablation(
             print(f"the best scale for the associations is {scale:g}, {describe_choice(ablation)}")
     rows, _ = read_rows(folder)
     rows.to_csv(folder / "rows.csv", index=False)
-    return rows, float(scale or 0)
+    return rows, scale or 0.0
 
 # %% ../../nbs/library/ablation_dataset.ipynb #cb2b8f34
 TABLE_METRICS = dict(mean="mean recall", group_recall_at1="Rs@1", recall_at1="R@1")
@@ -604,7 +618,8 @@ def describe_rows(
     if "again_mean" in rows:
         rows = add_second_stage(rows)
     world = rows.world.iloc[0]
-    table = rows.groupby("arm")[list(columns)].mean().rename(columns=columns)
+    table: Any = rows.groupby("arm")[list(columns)].mean()
+    table = table.rename(columns=columns)
     table["seeds"] = rows.groupby("arm").size()
     table = table.loc[sort_arms(table.index)].rename_axis(None)
     parts = [f"{world} val, mean over seeds", table.round(2).to_string()]

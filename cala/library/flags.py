@@ -247,7 +247,7 @@ CHOSEN_BY_ARMS += ("tbia_scale", "ctr_scale", "cir_frame", "seed", "max_epoch")
 
 
 def check_drawn_ablation(
-    ablation: Ablation,  # changed: lists of words become tuples
+    ablation: Any,  # Ablation; changed: lists of words become tuples
     given: set[str],  # names of the flags that differ from their defaults
 ):
     "`CalaError` for flags that make no ablation on drawn worlds."
@@ -265,7 +265,7 @@ def check_drawn_ablation(
 
 
 def check_dataset_ablation(
-    ablation: Ablation,  # changed: lists of words become tuples
+    ablation: Any,  # Ablation; changed: lists of words become tuples
     given: set[str],  # names of the flags that differ from their defaults
 ):
     "`CalaError` for flags that make no ablation on a data set."

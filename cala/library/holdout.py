@@ -77,9 +77,10 @@ def keep_held_out_part(
     shown = set()
     for triplet in data.triplets:
         shown |= list_pictures(triplet)
-    is_cached = data.pictures is not data.gallery
+    pictures: Any = data.pictures  # the gallery, or a `TokenCache`
+    is_cached = pictures is not data.gallery
     data.gallery = data.gallery.without(set(data.gallery.names) - shown)
-    data.pictures = data.pictures.select(data.gallery.names) if is_cached else data.gallery
+    data.pictures = pictures.select(data.gallery.names) if is_cached else data.gallery
     data.target_pictures = None
     if isinstance(data, FashionIQ):
         data.text_form = "both"

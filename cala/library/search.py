@@ -453,7 +453,7 @@ def embed_query(
     if tokens is not None:
         feature = model.embed_gallery(tokens).float()
     else:
-        feature = model.backbone.text([sentence]).feature.float()
+        feature = model.backbone.text([sentence or ""]).feature.float()
     return Query(Sum(), feature, torch.zeros_like(feature))
 
 
@@ -514,7 +514,7 @@ def ask_index(
         if picture is not None:
             tokens = model.tokens(picture[None].to(next(model.parameters()).device))
         query = embed_query(model, tokens, sentence)
-        if reranker is not None:
+        if reranker is not None and tokens is not None:
             best = find_best(index, query, max(k, reranker.candidates), leave_out)
             return rank_again(reranker, query, model.embed_gallery(tokens).float(), best)[:k] if best.names else []
     best = find_best(index, query, k, leave_out)

@@ -395,7 +395,8 @@ class QueryExplorer(Movable):
     ) -> Ranking:
         "The ranking of one model by QTM alone, with its best pictures ranked again by CTR."
         model, reranker, rivals = self.models[name], self.rerankers[name], self.candidates(reference)
-        features, frame = self.features[name], model.frame
+        frame: Any = model.frame
+        features = self.features[name]
         gallery, own = features[rivals], features[reference][None]
         picture = self.dataset.pictures[reference][None].to(features.device)
         with evaluating(model):
