@@ -78,6 +78,7 @@ class ModelRecipe:
     embeds_dim: int | None = None  # width that the backbone must have; None: any
     recipe: Literal["released", "paper", "cala"] | None = None  # a named set of choices; other flags overrule it
     encoder: Literal["both", "multi", "text"] | None = None  # which encoders train; None: the recipe's choice
+    model_class: str | None = None  # package.module:Class, your subclass of cala.model.CaLa; None: CaLa itself
     cir_frame: Literal["sum", "artemis", "combiner"] = "sum"  # sum, artemis or combiner
     objective: Literal["released", "paper", "two_way"] | None = (
         None  # how the losses are joined; None: the recipe's choice
