@@ -15,6 +15,8 @@ from ..data import Triplets
 from ..errors import CalaError
 from ..errors import count_things as count_things
 from ..model import CaLa
+from ..progress import show_progress
+from ..rerank import WEIGHTS
 from ..rerank import Reranker
 from ..rerank import best_weight
 from ..rerank import evaluate_again
@@ -66,7 +68,8 @@ def measure_again(
     "The model with its best candidates ranked again; a weight that is not given is chosen on the same queries."
     weight = flags.rerank_weight
     if weight is None:
-        weight = best_weight(sweep_weights(model, dataset, flags.rerank or 0, embedded=[embedded]))
+        weights: Any = show_progress(WEIGHTS, "choose the weight of CTR", unit="weights", is_part=True)
+        weight = best_weight(sweep_weights(model, dataset, flags.rerank or 0, weights, [embedded]))
     result = evaluate_again(Reranker(model, flags.rerank or 0, weight), dataset, [embedded])
     result["rerank_weight_chosen_here"] = flags.rerank_weight is None
     return result
