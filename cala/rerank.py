@@ -20,6 +20,8 @@ from .retrieval import Embedded
 from .retrieval import Ranks
 from .retrieval import Result
 from .retrieval import as_list
+from .retrieval import check_groups
+from .retrieval import check_scores
 from .retrieval import count_rivals
 from .retrieval import embed
 from .retrieval import evaluating
@@ -48,7 +50,7 @@ class Reranker:
         query: tuple[Tensor, Tensor, Tensor],  # f_r, f_c, and the references as pictures of the gallery, (q, d) each
         candidates: Tensor,  # (q, K, d) their features
     ) -> Tensor:  # (q, K)
-        "s = z_qtm + w z_ctr."
+        "z_again = z_qtm + w z_ctr."
         return z_qtm + self.weight * self.model.score_pairs(*query, candidates)
 
     def sort(
@@ -64,6 +66,20 @@ class Reranker:
         order = scores.argsort(dim=1, descending=True, stable=True)
         return torch.cat([first.gather(1, order), positions[:, self.candidates :]], 1)
 
+    def count_again(
+        self,
+        z_qtm: Tensor,  # (q, N) QTM logits of the whole gallery
+        query: tuple[Tensor, Tensor, Tensor],  # as for `score`
+        gallery: Tensor,  # (N, d)
+        targets: Tensor,  # (q,) gallery positions
+        pictures: Tensor,  # (q, n) gallery positions of the pictures that get a second score
+    ) -> tuple[Tensor, Tensor]:  # two of (q,), long
+        "How many of some pictures have a higher second score than the target, and how many others the same."
+        scores = check_scores(self.score(z_qtm.gather(1, pictures), query, gallery[pictures]))
+        is_target = pictures == targets[:, None]
+        bar = scores.masked_fill(~is_target, -torch.inf).amax(1, keepdim=True)  # (q, 1) the target's score
+        return (scores > bar).sum(1), ((scores == bar) & ~is_target).sum(1)
+
     def rank_block(
         self,
         z_qtm: Tensor,  # (q, N) QTM logits of the whole gallery
@@ -73,22 +89,18 @@ class Reranker:
         exclude: Tensor | None,  # (q,) gallery positions that never count
         groups: Tensor | None,  # (q, 6) gallery positions
     ) -> Ranks:
-        "Ranks of some queries."
+        "Ranks of some queries: by QTM, and by the second scores where the target is a candidate."
         higher, ties = count_rivals(z_qtm, pick_scores(z_qtm, targets[:, None]), targets, exclude)
-        allowed = z_qtm if exclude is None else z_qtm.scatter(1, exclude[:, None], -torch.inf)
-        top = allowed.topk(min(self.candidates, allowed.shape[1]))
-        is_target = top.indices == targets[:, None]  # (q, K)
-        scores = self.score(top.values, query, gallery[top.indices])
-        bar = scores.masked_fill(~is_target, -torch.inf).amax(1, keepdim=True)
-        is_candidate = is_target.any(1)
-        higher = torch.where(is_candidate, (scores > bar).sum(1), higher)
-        ties = torch.where(is_candidate, ((scores == bar) & ~is_target).sum(1), ties)
-        if groups is None or exclude is None:
+        if exclude is not None:
+            z_qtm = z_qtm.scatter(1, exclude[:, None], -torch.inf)
+        candidates = z_qtm.topk(min(self.candidates, z_qtm.shape[1])).indices
+        higher_again, ties_again = self.count_again(z_qtm, query, gallery, targets, candidates)
+        is_candidate = (candidates == targets[:, None]).any(1)
+        higher = torch.where(is_candidate, higher_again, higher)
+        ties = torch.where(is_candidate, ties_again, ties)
+        if groups is None:
             return Ranks(higher + 1, ties)
-        members = self.score(pick_scores(z_qtm, groups), query, gallery[groups])
-        bar = members.masked_fill(groups != targets[:, None], -torch.inf).amax(1, keepdim=True)
-        rivals = (groups != exclude[:, None]) & (groups != targets[:, None])
-        group_higher, group_ties = ((members > bar) & rivals).sum(1), ((members == bar) & rivals).sum(1)
+        group_higher, group_ties = self.count_again(z_qtm, query, gallery, targets, groups)
         return Ranks(higher + 1, ties, group_higher + 1, group_ties)
 
     def rank_queries(
@@ -104,6 +116,7 @@ class Reranker:
         held: int = 2**24,  # scores in memory at once
     ) -> Ranks:  # on the CPU
         "`cala.retrieval.rank_queries`, with the best candidates ranked again."
+        check_groups(targets, exclude, groups)
         rows = max(1, held // max(1, len(gallery)))
         parts = []
         with evaluating(self.model):

@@ -12,6 +12,7 @@ from cala import evaluate_again
 from cala import load_checkpoint
 from cala.encoders import make_backbone
 from cala.encoders import read_vocabulary
+from cala.errors import CalaError
 from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command
 from cala.model import CaLa
@@ -98,3 +99,11 @@ def test_a_checkpoint_for_search_can_keep_its_compositor(place):
     model = load_checkpoint(place / "pairs").for_retrieval(rerank=True)
     assert model.hca is None and model.compositor is not None and model.w_ctr > 0
     assert load_checkpoint(place / "pairs").for_retrieval().compositor is None
+
+
+def test_nan_of_the_compositor_is_refused(place):
+    model = load_checkpoint(place / "pairs").eval()
+    torch.nn.init.constant_(model.compositor.output.bias, torch.nan)
+    data = CIRR(place, "val", model.backbone.transform())
+    with pytest.raises(CalaError, match="scores are NaN"):
+        evaluate_again(Reranker(model), data, progress=False)

@@ -67,9 +67,7 @@ def test_ranks_equal_those_of_plain_python_sorting(seed, ties):
     assert target_ranks(scores, targets, references).tolist() == left_out
     ranks = rank_table(scores, targets, references, groups)
     assert ranks.rank.tolist() == left_out
-    assert ranks.group.tolist() == [
-        slow_rank(s, t, [n for n in g if n != r]) for s, r, t, g in rows
-    ]
+    assert ranks.group.tolist() == [slow_rank(s, t, [n for n in g if n != r]) for s, r, t, g in rows]
     equals = [sum(bool(s[n] == s[t]) for n in everything if n not in (t, r)) for s, r, t, g in rows]
     assert ranks.ties.tolist() == equals
 
