@@ -764,7 +764,7 @@ def draw_hca() -> Figure:
         569,
         "There is no softmax on A or A′ alone, no residual and no norm:  A A′ = Q K^{T} K K′^{T} / d.",
         "The Gram matrix K^{T} K of the text (d, d) is the metric between Q of the reference and K′ of the target.",
-        "Scores:  z_{tbia}(i, j) = 10 · HCA_{i} · F_{r}[0]_{j}.  Only row 0 of Q is needed for the output.",
+        "Scores:  z_{tbia}(i, j) = 10 · HCA_{i} · F_{r,j}[0].  Only row 0 of Q is needed for the output.",
     )
     return figure
 
@@ -863,7 +863,7 @@ def draw_tac() -> Figure:
         520,
         "A pass is attention with one head:  softmax(q k^{T} / √d) v,  with projections of q, k, v and the result.",
         "There is no dropout, no residual, no norm and no feed-forward network.",
-        "Output:  TAC = (o_{1}[0] + o_{2}[0]) / 2.   Scores:  z_{ctr}(i, j) = 10 · F_{c}[0]_{i} · TAC_{j}.",
+        "Output:  TAC = (o_{1}[0] + o_{2}[0]) / 2.   Scores:  z_{ctr}(i, j) = 10 · F_{c,i}[0] · TAC_{j}.",
     )
     return figure
 
