@@ -77,7 +77,7 @@ class Reranker:
         "How many of some pictures have a higher second score than the target, and how many others the same."
         scores = check_scores(self.score(z_qtm.gather(1, pictures), query, gallery[pictures]))
         is_target = pictures == targets[:, None]
-        bar = scores.masked_fill(~is_target, -torch.inf).amax(1, keepdim=True)  # (q, 1) the target's score
+        bar = scores.masked_fill(~is_target, -torch.inf).amax(1, keepdim=True)  # (q, 1) the target's
         return (scores > bar).sum(1), ((scores == bar) & ~is_target).sum(1)
 
     def rank_block(
