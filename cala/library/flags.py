@@ -319,7 +319,7 @@ def check_rows_file(
 
 def split_choices(
     flag: str,  # as typed
-    given: str,  # words with commas or blanks between them, or a tuple of words
+    given: str | tuple,  # words with commas or blanks between them, or a tuple of words
     choices: tuple,  # the words that exist
 ) -> tuple:
     "The words of a flag, each of which must be one of the choices."

@@ -1206,22 +1206,22 @@ def draw_wings() -> Figure:
         "The lessons of the method are in reading order; a dashed lesson has no module.",
     )
     method = draw_wing(figure, 24, 200, "method", "nbs/method", "cala/*.py")
-    backbones = draw_wing(figure, 266, 150, "backbones", "nbs/backbones", "cala/backbones")
-    library = draw_wing(figure, 458, 238, "library", "nbs/library", "cala/library")
+    backbones = draw_wing(figure, 266, 130, "backbones", "nbs/backbones", "cala/backbones")
+    library = draw_wing(figure, 438, 258, "library", "nbs/library", "cala/library")
     scripts = draw_wing(figure, 738, 142, "scripts", "nbs/commands", "cala/scripts")
     for left, right in ((method, backbones), (backbones, library), (library, scripts)):
         figure.path((right.x, 138), (left.right, 138), stroke=3)
     figure.path((42, 202), (42, 634), stroke=2.4)
     for n, lesson in enumerate(LESSONS):
         figure.box(60, 200 + 34 * n, 152, 28, lesson, look="cell", dashed=lesson in WITHOUT_MODULE, stroke=1.2)
-    figure.text(124, 656, "without a lesson", 13)
+    figure.text(124, 652, "without a lesson", 13)
     for n, name in enumerate(PLAIN):
-        figure.box(32 + 95 * (n % 2), 664 + 25 * (n // 2), 89, 22, name, look="cell", size=12, stroke=1.2)
+        figure.box(32 + 95 * (n % 2), 664 + 25 * (n // 2), 89, 22, name, look="cell", size=13, stroke=1.2)
     for n, name in enumerate(BACKBONES):
-        figure.box(280, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
+        figure.box(270, 200 + 34 * n, 122, 28, name, look="cell", stroke=1.2)
     for n, name in enumerate(LIBRARY):
-        size = 14 if len(name) < 13 else 11
-        figure.box(468 + 114 * (n % 2), 200 + 29 * (n // 2), 106, 25, name, look="cell", size=size, stroke=1.2)
+        size = 14 if len(name) < 16 else 13
+        figure.box(443 + 126 * (n % 2), 200 + 29 * (n // 2), 122, 25, name, look="cell", size=size, stroke=1.2)
     for n, name in enumerate(SCRIPTS):
         figure.box(743, 200 + 34 * n, 132, 28, name, look="cell", stroke=1.2)
     return figure
