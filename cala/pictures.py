@@ -27,18 +27,28 @@ def read_picture(
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width:,} x {opened.height:,} pixels are too many")
-            return make_rgb(ImageOps.exif_transpose(opened))
+            image = ImageOps.exif_transpose(opened)
+            if not is_deep(image):
+                return make_rgb(image)
     except MemoryError:  # the picture may be whole
         raise
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and others
         raise CalaError(f"{path} cannot be decoded ({error}); download it again or remove it") from None
+    return make_rgb(image)  # not above: a fault in cala's own arithmetic is not one of the file
+
+
+def is_deep(
+    image: Image.Image,
+) -> bool:
+    "True for grey values of 16 or 32 bits."
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def make_rgb(
     image: Image.Image,  # of any mode
 ) -> Image.Image:  # RGB, 8 bits a channel, transparent parts on white
     "A picture as the models read it."
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if is_deep(image):
         return reduce_to_eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

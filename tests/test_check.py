@@ -137,10 +137,8 @@ def test_the_published_validation_splits_are_complete_with_a_picture_for_every_n
     rows = [
         line.split() for line in out.splitlines() if " val " in line and line.lstrip().startswith(("CIRR", "FashionIQ"))
     ]
-    assert (status, err) == (
-        1,
-        "",
-    ) and "no annotation file" in out  # CIRR's captions of train were not published with these
+    assert status == 1 and "no annotation file" in out  # CIRR's captions of train were not published with these
+    assert all(line.startswith("check ") for line in err.splitlines())  # progress, on a slow machine
     assert rows == [
         ["CIRR", "val", "-", "4181", "2297", "2297", "0", "0", "-"],
         ["FashionIQ", "val", "dress", "2017", "3817", "3817", "0", "0", "2628"],

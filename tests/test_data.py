@@ -974,3 +974,13 @@ def test_unlabelled_splits_make_batches_without_targets(root):
             warnings.simplefilter("error")
             batch = next(iter(DataLoader(data, 3, collate_fn=collate)))
         assert batch.target is None and batch.reference.shape == (3, 3, 16, 16) and len(batch.captions) == 3
+
+
+def test_a_fault_in_our_own_arithmetic_is_not_blamed_on_the_picture(tmp_path, monkeypatch):
+    def fail(image):
+        raise IndexError("a bug of cala")
+
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    monkeypatch.setattr("cala.pictures.reduce_to_eight_bits", fail)
+    with pytest.raises(IndexError):
+        read_picture(tmp_path / "deep.png")

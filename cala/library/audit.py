@@ -129,7 +129,8 @@ def audit_dataset(
                 annotations = read_annotations(folder, name, split, category)
             paths = locate_pictures(folder, annotations.paths, walked, follow_links)
             root = None if follow_links else folder
-            missing, broken = audit_pictures(paths, root, deep, f"{name} {category} {split}")
+            title = " ".join(filter(None, ["check", name, category, split]))
+            missing, broken = audit_pictures(paths, root, deep, title)
             there = set(paths) - set(missing)
             picture_folders |= {picture_folder(path, folder) for path in there}
             elsewhere |= {path for path in there if follow_links and escapes_root(path, folder)}
@@ -171,9 +172,10 @@ def audit_pictures(
     title: str,  # of the work, for its progress
 ) -> tuple[list[Path], list[str]]:
     "The pictures that are missing, and why others are broken."
-    present = [path for path in paths if os.path.isfile(path)]
 
-    def find_fault(path: Path) -> str:
+    def find_fault(path: Path) -> str | None:  # None: it is missing
+        if not os.path.isfile(path):
+            return None
         fault = find_picture_fault(path, root)
         if deep and not fault:
             try:
@@ -184,6 +186,7 @@ def audit_pictures(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's warnings of decompression bombs; they are among the faults
-        faults = pool.map(find_fault, present) if deep else map(find_fault, present)
-        faults = show_progress(faults, title, len(present), "pictures", is_hidden=not deep, is_part=True)
-        return sorted(set(paths) - set(present)), [fault for fault in faults if fault]
+        results = pool.map(find_fault, paths) if deep else map(find_fault, paths)
+        faults = list(show_progress(results, title, len(paths), "pictures", is_part=True))
+    missing = {path for path, fault in zip(paths, faults) if fault is None}
+    return sorted(missing), [fault for fault in faults if fault]

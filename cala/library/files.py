@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import lru_cache
+from functools import partial
 from hashlib import blake2b
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..trust import hash_tensors as hash_tensors
 from ..trust import read_bytes
 
 LOCK_NAME = ".cala.lock"
+PART = 8 * MEGABYTE  # of a large file or value, hashed at once
 LOCK_PATIENCE = 1.0  # seconds; a process that was just killed may need a moment to be gone
 
 
@@ -43,7 +45,11 @@ def hash_bytes(
     data: bytes,  # any content
 ) -> str:
     "SHA-256 of bytes, as hexadecimal digits."
-    return sha256(data).hexdigest()
+    if len(data) < LARGE:
+        return sha256(data).hexdigest()
+    view = memoryview(data)
+    parts = (view[start : start + PART] for start in range(0, len(data), PART))
+    return _hash_parts(parts, len(data), "hash of the weights")
 
 
 def hash_file(
@@ -56,13 +62,17 @@ def hash_file(
     return _hash_large_file(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # a command asks for the hash of its weights several times
 def _hash_large_file(path, size, time):
-    "SHA-256 of a file, with progress; a command asks for the hash of its weights several times."
+    with open(path, "rb") as file:
+        return _hash_parts(iter(partial(file.read, PART), b""), size, f"check {os.path.basename(path)}")
+
+
+def _hash_parts(parts, size, title):
+    "SHA-256 of parts that have this size together, with progress."
     digest, done = sha256(), 0
-    name = os.path.basename(path)
-    with open(path, "rb") as file, show_progress(None, f"check {name}", size // MEGABYTE, "MB", is_part=True) as bar:
-        while part := file.read(8 * MEGABYTE):
+    with show_progress(None, title, size // MEGABYTE, "MB", is_part=True) as bar:
+        for part in parts:
             digest.update(part)
             done += len(part)
             bar.update(done // MEGABYTE - bar.n)

@@ -239,23 +239,27 @@ class CacheBuild:
     def cost(self) -> Estimate:
         "Size and time, estimated from eight pictures."
         sample = GalleryRows(self.gallery, self.rows[:8] or [0], self.tokens)
-        start = perf_counter()
-        batch = collate_rows([sample[i] for i in range(len(sample))])
-        read_seconds = (perf_counter() - start) / len(sample)
-        if batch.error:
-            raise CalaError(batch.error)
-        inputs = batch.inputs
-        if self.trunk is not None and self.tokens is None:
-            inputs, read_seconds = run_trunk(self.trunk, inputs, "float32"), 0.0
-        run_trunk(self.module, inputs[:1], self.dtype)  # warm-up
-        start = perf_counter()
-        outputs = run_trunk(self.module, inputs, self.dtype)
-        compute_seconds = (perf_counter() - start) / len(sample)
+        process, processes = process_index_and_count()
+        with show_progress(None, "estimate", 3, "steps", is_hidden=process > 0, is_part=True) as bar:
+            start = perf_counter()
+            batch = collate_rows([sample[i] for i in range(len(sample))])
+            read_seconds = (perf_counter() - start) / len(sample)
+            if batch.error:
+                raise CalaError(batch.error)
+            inputs = batch.inputs
+            if self.trunk is not None and self.tokens is None:
+                inputs, read_seconds = run_trunk(self.trunk, inputs, "float32"), 0.0
+            bar.update()
+            run_trunk(self.module, inputs[:1], self.dtype)  # warm-up
+            bar.update()
+            start = perf_counter()
+            outputs = run_trunk(self.module, inputs, self.dtype)
+            compute_seconds = (perf_counter() - start) / len(sample)
+            bar.update()
         if self.num_workers:  # workers read while the module computes: the slower of the two decides
             seconds = max(read_seconds / self.num_workers, compute_seconds)
         else:
             seconds = read_seconds + compute_seconds
-        _, processes = process_index_and_count()
         shape = (len(self.gallery), *outputs.shape[1:])
         return Estimate(shape, outputs[0].nbytes, len(self.rows), seconds * len(self.rows) / processes)
 
