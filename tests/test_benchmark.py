@@ -276,6 +276,16 @@ def test_a_part_can_be_measured_alone(tmp_path):
     assert summary["ranking"]["ratio"] > 0
 
 
+def test_the_evaluation_on_circo_is_measured_when_it_is_named(tmp_path, capsys):
+    main(Benchmark(device="cpu", repeats=1, only="circo", output=str(tmp_path)))
+    assert (
+        "80 queries in 12,340 pictures" in (printed := capsys.readouterr().out) and "equal to the official" in printed
+    )
+    part = json.loads((tmp_path / "benchmark.json").read_text())["circo"]
+    assert part["are_equal"] and part["map_at10"] > 1
+    assert min(part["reading"], part["evaluation"], part["product"], part["memory"]) > 0
+
+
 def test_an_epoch_is_measured_when_it_is_named(tmp_path, capsys):
     main(Benchmark(device="cpu", repeats=1, only="epoch", modes="multi", triplets=10, output=str(tmp_path)))
     printed = capsys.readouterr().out

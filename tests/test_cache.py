@@ -751,4 +751,7 @@ def test_a_part_of_a_data_set_reads_its_part_of_the_targets(world, tmp_path):
     part.gallery = part.gallery.without(set(part.gallery.names) - set(names))
     use_targets(part, tokens, targets)
     assert torch.equal(part.target_pictures.features(), targets.features()[1::2])
+    assert torch.equal(targets.features(), torch.stack([targets[i].feature for i in range(len(targets))]))
+    shuffled = targets.select(names[::-1]).features()
+    assert torch.equal(shuffled, part.target_pictures.features().flip(0))
     assert torch.equal(part.pictures[0].image.tokens, targets[1].tokens)

@@ -7,10 +7,10 @@ __all__ = ['REDUCED', 'read_clock', 'time_call', 'peak_memory', 'Limits', 'measu
            'make_benchmark_model', 'draw_batch_world', 'encode_as_released', 'released_layout', 'Level',
            'collate_first', 'make_levels', 'run_step', 'StepResult', 'count_trunk_flops', 'examine_step',
            'gradient_difference', 'measure_level', 'measure_steps', 'measure_optimizer', 'rank_by_names',
-           'RankingProblem', 'draw_ranking', 'measure_ranking', 'score_by_loop', 'measure_artemis', 'measure_loading',
-           'draw_epoch_world', 'run_epoch', 'validate_by_names', 'cache_datasets', 'time_epoch', 'measure_epoch',
-           'describe_device', 'measure_all', 'summarise', 'make_level_table', 'describe_parts', 'describe_results',
-           'draw_levels']
+           'RankingProblem', 'draw_ranking', 'measure_ranking', 'score_by_loop', 'measure_artemis',
+           'write_random_cache', 'sort_for_map', 'measure_circo_gallery', 'measure_loading', 'draw_epoch_world',
+           'run_epoch', 'validate_by_names', 'cache_datasets', 'time_epoch', 'measure_epoch', 'describe_device',
+           'measure_all', 'summarise', 'make_level_table', 'describe_parts', 'describe_results', 'draw_levels']
 
 # %% ../../nbs/library/benchmark.ipynb #756ecea2
 import platform
@@ -48,6 +48,7 @@ from ..data import collate
 from ..encoders import QFormerBackbone
 from ..encoders import make_backbone
 from ..errors import CalaError
+from .cache import TargetCache
 from .cache import TargetSide
 from .cache import cache_targets
 from .cache import cache_tokens
@@ -55,6 +56,15 @@ from .cache import trunk_dtype
 from .cache import use_targets
 from .cache import use_tokens
 from .cache.build import format_bytes
+from .cache.files import SHARD
+from .cache.files import save_shard
+from .cache.files import shard_path
+from .cache.files import shard_rows
+from .circo import CIRCO_AT
+from .circo import DEPTH
+from .circo import rank_circo
+from .circo import summarise_places
+from .files import NO_FILE
 from .flags import Benchmark
 from .loading import find_device
 from .show.style import BLUE
@@ -67,6 +77,7 @@ from ..model import CaLa
 from ..model import Encoded
 from ..retrieval import GALLERY_AT
 from ..retrieval import GROUP_AT
+from ..retrieval import Embedded
 from ..retrieval import embed
 from ..retrieval import evaluate
 from ..retrieval import rank_queries
@@ -543,6 +554,76 @@ def measure_artemis(
         batch_ratio=batch_released / batch_ours,
     )
 
+# %% ../../nbs/library/benchmark.ipynb #4f970bfb
+def write_random_cache(
+    folder: Path,  # does not exist
+    pictures: int,
+    width: int,  # d, of the features
+    seed: int,
+) -> TargetCache:
+    "A cache of random features, one a picture."
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, pictures, SHARD):
+        rows = shard_rows(first // SHARD, pictures)
+        features = torch.randn(len(rows), 1, width, generator=generator)
+        save_shard(shard_path(folder, first // SHARD), features, [NO_FILE] * len(rows))
+    return TargetCache(folder, [str(i) for i in range(pictures)], extra_feature=False)
+
+
+def sort_for_map(
+    scores: torch.Tensor,  # (Q, N)
+    truths: torch.Tensor,  # (Q, T) gallery positions
+) -> dict[str, float]:  # percentages: map_at5, 10, 25, 50
+    "CIRCO's mAP, by the official definition."
+    best = scores.topk(DEPTH).indices
+    is_truth = (best[:, :, None] == truths[:, None, :]).any(2).float()
+    precision = is_truth.cumsum(1) / torch.arange(1, DEPTH + 1, device=best.device)
+    gains = precision * is_truth
+    return {f"map_at{k}": 100 * float(gains[:, :k].sum(1).mean()) / min(truths.shape[1], k) for k in CIRCO_AT}
+
+
+def measure_circo_gallery(
+    bench: Benchmark,
+    folder: Path,  # for the cache
+    device: torch.device,
+) -> dict[str, Any]:
+    "Seconds and peak memory of an evaluation on CIRCO from cached features, and the seconds of its matrix product."
+    Q, N, d = (800, 123_403, 768) if bench.size == "full" else (80, 12_340, 64)
+    cache = write_random_cache(folder, N, d, bench.seed)
+    generator = torch.Generator().manual_seed(bench.seed)
+    truths = torch.randint(N // 4, (Q, 4), generator=generator) * 4 + torch.arange(4)  # four different pictures a query
+    noise = d**0.5 / 5 * torch.randn(Q, d, generator=generator)
+    targets = torch.stack([cache[i].feature for i in truths[:, 0].tolist()])
+    text = torch.randn(Q, d, generator=generator)
+    reference = targets + noise - text
+    with peak_memory(device) as memory:
+        start = read_clock()
+        features = TargetCache(folder, cache.names, extra_feature=False).features()
+        embedded = Embedded(*(each.to(device) for each in (features, reference, text)))
+        del features
+        reading = read_clock() - start
+
+        def evaluate_circo():
+            return summarise_places(rank_circo(Sum(), embedded, truths), truths)
+
+        evaluation = time_call(evaluate_circo, bench.repeats)
+    metrics = evaluate_circo()
+    queries = F.normalize(embedded.reference + embedded.text, dim=-1)
+    gallery = F.normalize(embedded.gallery, dim=-1)
+    product = time_call(lambda: queries @ gallery.T, bench.repeats)
+    plain = sort_for_map(queries @ gallery.T, truths.to(device))
+    return dict(
+        queries=Q,
+        pictures=N,
+        reading=reading,
+        evaluation=evaluation,
+        product=product,
+        memory=memory["bytes"],
+        map_at10=metrics["map_at10"],
+        are_equal=all(abs(metrics[name] - value) < 1e-3 for name, value in plain.items()),
+    )
+
 # %% ../../nbs/library/benchmark.ipynb #70558fe2
 def measure_loading(
     bench: Benchmark,
@@ -708,6 +789,8 @@ def measure_all(
             results["loading"] = measure_loading(bench, model, data, folder)
         if "epoch" in parts:
             results["epoch"] = measure_epoch(bench, model, folder, device)
+        if "circo" in parts:
+            results["circo"] = measure_circo_gallery(bench, folder / "features", device)
     if "ranking" in parts:
         results["ranking"] = measure_ranking(bench, device)
     if "artemis" in parts:
@@ -717,7 +800,7 @@ def measure_all(
 
 def summarise(
     results: dict[str, Any],  # from `measure_all`
-) -> dict[str, Any]:  # device, versions, command, levels, ranking, artemis
+) -> dict[str, Any]:  # device, versions, command, levels, ranking, artemis, circo
     "The results that go into benchmark.json; ratio is the time of the released layout over ours."
     levels = []
     if "steps" in results:
@@ -726,6 +809,8 @@ def summarise(
     for part in ("ranking", "artemis"):
         if part in results:
             summary[part] = dict(ratio=results[part]["ratio"])
+    if "circo" in results:
+        summary["circo"] = results["circo"]
     return summary
 
 
@@ -783,6 +868,14 @@ def describe_parts(
         share = part["flops"] / part["ours"] / limits.flops32
         batch = f", of a training batch of {part['batch_size']} {part['batch_ratio']:.1f}"
         add(line, f"; speed-up {part['ratio']:.1f}{batch}, {share:.0%} of peak")
+    if "circo" in results:
+        part = results["circo"]
+        line = f"CIRCO, {part['queries']:,} queries in {part['pictures']:,} pictures: "
+        line += f"features read in {part['reading']:.2f} s, ranked and measured in {part['evaluation']:.2f} s"
+        line += f"; the matrix product alone {part['product']:.2f} s"
+        line += f"; mAP@10 {part['map_at10']:.2f}, {'equal to' if part['are_equal'] else 'OTHER than'} the official one"
+        line += f"; peak memory {format_bytes(part['memory'])}"
+        add(line, f"; the evaluation takes {part['evaluation'] / part['product']:.2f} times as long as the product")
     if "loading" in results:
         loading = results["loading"].copy()
         if is_full:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..annotations import Annotations
@@ -374,17 +373,18 @@ def rank_circo(
     held: int = 2**25,  # scores in memory at once
 ) -> Places:  # on the CPU
     "Place the truths of all queries, and find the first pictures of each."
-    reference, text, gallery = embedded.reference, embedded.text, embedded.gallery
+    reference, text, gallery = embedded.reference, embedded.text, embedded.gallery.float()
     if truths is None:
         truths = torch.full((len(reference), 1), -1)
     has_cosines = isinstance(frame, (Sum, Combiner))
     if has_cosines:
-        gallery = F.normalize(gallery.float(), dim=-1)  # once, and not for each part of the queries
+        lengths = torch.linalg.vector_norm(gallery, dim=-1).clamp(min=1e-12)  # a normalised gallery would be a copy
     parts = []
     with evaluating(frame):
         for queries in torch.arange(len(reference)).split(max(1, held // len(gallery))):
             if has_cosines:
-                scores = frame.scale * frame.query(reference[queries], text[queries]).float() @ gallery.T
+                scores = frame.query(reference[queries], text[queries]).float() @ gallery.T
+                scores *= frame.scale / lengths
             else:
                 scores = frame.scores(reference[queries], text[queries], gallery)
             parts.append([column.cpu() for column in place_truths(scores, truths[queries].to(scores.device))])
