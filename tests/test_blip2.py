@@ -29,6 +29,7 @@ from cala.backbones.blip2 import translate_trunk
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library.checkpoint import save_checkpoint
+from cala.library.flags import BLIP2_ROLES
 from cala.library.flags import DataFlags
 from cala.library.flags import ModelFlags
 from cala.library.loading import build_model
@@ -658,6 +659,28 @@ def test_coco_reads_larger_pictures_and_is_not_rounded(tmp_path, without_lavis, 
     assert backbone.size == 84 and backbone.transform()(Image.new("RGB", (60, 90))).shape == (3, 84, 84)
     assert backbone.trunk(torch.randn(1, 3, 84, 84)).shape == (1, 37, 64)
     assert torch.equal(backbone.trunk.module.positional_embedding, trunk["pos_embed"][0])
+
+
+@pytest.mark.parametrize("model_name, layout", [("pretrain", "lavis"), ("pretrain", "published"), ("coco", "whole")])
+def test_three_files_of_the_released_program_go_with_vit_g(tmp_path, without_lavis, monkeypatch, model_name, layout):
+    pixels = 84 if model_name == "coco" else 56
+    monkeypatch.setitem(blip2.PUBLISHED, "coco", blip2.PUBLISHED["coco"]._replace(size=84))
+    monkeypatch.setitem(blip2.SIZES["full"], "trunk", dict(width=64, layers=3, heads=2, image_size=pixels))
+    place, qformer, _ = write_vit_g(tmp_path, layout, pixels, model_name)
+    paths = {}
+    for number, role in enumerate(BLIP2_ROLES.values()):
+        paths[role] = str(tmp_path / f"{role}.pt")
+        state = {name: tensor + number for name, tensor in qformer.items()}
+        torch.save({"epoch": 1, "Blip2Qformer": state}, paths[role])
+    options = dict(paths, backbone_weights=str(place), tokenizer=str(tmp_path))
+    backbone = build_model(ModelFlags(**options, blip2_model_name=model_name)).backbone
+    for number, role in enumerate(BLIP2_ROLES):
+        torch.testing.assert_close(
+            getattr(backbone, role).query_tokens, qformer["query_tokens"] + number, atol=0, rtol=0
+        )
+    assert backbone.query(backbone.trunk(torch.randn(1, 3, pixels, pixels)), ["red"]).feature.isfinite().all()
+    with pytest.raises(CalaError, match="--blip2-model-name belongs to the three --blip2-...-path"):
+        build_model(ModelFlags(checkpoint="x", blip2_model_name=model_name))
 
 
 def test_the_file_of_another_model_names_that_model(tmp_path, without_lavis, monkeypatch):

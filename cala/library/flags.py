@@ -51,6 +51,9 @@ class ModelFlags:
     hidden_dim: int | None = None  # Combiner: checked against its file; may be left out
     clip_model_name: str | None = None  # open_clip model; RN50x4 for --clip-model-path alone
     clip_model_path: str | None = None  # fine-tuned CLIP weights
+    blip2_model_name: Literal["pretrain_vitL", "pretrain", "coco"] | None = (
+        None  # BLIP-2 of the next three paths: pretrain_vitL (ViT-L, also None), pretrain or coco (ViT-g)
+    )
     blip2_textual_path: str | None = None  # BLIP-2: E_c, the released program's file or a checkpoint folder
     blip2_multimodal_path: str | None = None  # BLIP-2: E_m, likewise
     blip2_visual_path: str | None = None  # BLIP-2: E_t, likewise
@@ -108,6 +111,8 @@ def find_source(
     if source == "blip2" and missing:
         verb = "is" if len(missing) == 1 else "are"
         raise CalaError(f"BLIP-2 has three Q-Formers: {', '.join(missing)} {verb} missing")
+    if source != "blip2" and flags.blip2_model_name:
+        raise CalaError("--blip2-model-name belongs to the three --blip2-...-path; leave it out")
     if source == "checkpoint" and flags.random_weights:
         raise CalaError("--checkpoint has weights of its own; leave out --random-weights")
     return source

@@ -137,7 +137,9 @@ def load_role(
         getattr(backbone, role).load_state_dict(weights)
     except RuntimeError as error:
         reason = shorten_path(str(error).splitlines()[1].strip(), 160)
-        raise CalaError(f"{path} is no Q-Former of this backbone's size ({reason}); check {flag}") from error
+        raise CalaError(
+            f"{path} is no Q-Former of this backbone's size ({reason}); check {flag} and --blip2-model-name"
+        ) from error
 
 
 # A composition frame from a file
@@ -270,7 +272,10 @@ def make_source_backbone(
         random_weights=flags.random_weights,
     )
     if source == "blip2":
-        return make_backbone(source, **options)
+        try:
+            return make_backbone(source, model_name=flags.blip2_model_name or "pretrain_vitL", **options)
+        except CalaError as error:  # its message names the flag of cala-train
+            raise CalaError(str(error).replace("--model-name", "--blip2-model-name")) from error
     path = flags.clip_model_path
     if path and (Path(path) / "recipe.json").is_file():
         raise CalaError(f"--clip-model-path {path} is a checkpoint folder of cala; give it as --checkpoint")
