@@ -492,7 +492,7 @@ def choose_scale(
 
 
 def free_memory():
-    "Let go of the last run's model, which may fill most of a GPU, before the next one is made."
+    "Release the memory of the last run's model, which may fill most of a GPU."
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
