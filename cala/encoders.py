@@ -46,6 +46,7 @@ from .options import list_options
 from .progress import show_progress
 from .qformer import QFormer
 from .trust import hash_tensors
+from .trust import import_class
 from .trust import refuse_foreign_code
 
 # %% ../nbs/method/04_encoders.ipynb #6ed5e8ca
@@ -140,16 +141,15 @@ def find_backbone(
     "The class of a backbone; its module is imported if necessary."
     if not isinstance(name, str):
         raise CalaError(f"the name of a backbone must be a text, not {name!r}")
-    module, colon, attribute = name.partition(":")
+    if ":" in name:
+        cls = import_class(name, "--encoder-arch")
+        if not hasattr(cls, "build"):
+            raise CalaError(f"--encoder-arch {name} is no backbone: it has no `build`; name a class that has")
+        return cls
     try:
-        if colon:
-            cls = getattr(importlib.import_module(module), attribute)
-            if not hasattr(cls, "build"):
-                raise CalaError(f"--encoder-arch {name} is no backbone: it has no `build`; name a class that has")
-            return cls
         if name not in backbones and name in HOMES:
             importlib.import_module(HOMES[name])
-    except (ImportError, AttributeError, ValueError) as error:
+    except ImportError as error:
         raise CalaError(f"--encoder-arch {name}: {error}") from error
     if name not in backbones:
         names = ", ".join(sorted({*HOMES, *backbones}))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'compositors', 'Encoded', 'Vectors', 'Logits', 'Losses', 'other_pictures', 'make_tac', 'make_pairs',
-           'CaLa', 'CachedReference']
+           'CaLa', 'CachedReference', 'find_model_class']
 
 # %% ../nbs/method/08_model.ipynb #a96d18c1
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from .errors import CalaError
 from .objectives import paper
 from .objectives import released
 from .objectives import two_way
+from .trust import import_class
 
 # %% ../nbs/method/08_model.ipynb #8b9d8c73
 class Encoded(NamedTuple):
@@ -322,3 +323,15 @@ class CachedReference(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> "CachedReference":
         "The same on another device, or in another type."
         return CachedReference(self.tokens.to(*args, **kwargs), self.image.to(*args, **kwargs))
+
+# %% ../nbs/method/08_model.ipynb #c17dc3d8
+def find_model_class(
+    name: str | None,  # package.module:Class, a subclass of CaLa; None: CaLa itself
+) -> type[CaLa]:
+    "The class of a model; its module is imported if necessary."
+    if name is None:
+        return CaLa
+    model_class = import_class(name, "--model-class")
+    if not isinstance(model_class, type) or not issubclass(model_class, CaLa):
+        raise CalaError(f"--model-class {name} is not a subclass of cala.model.CaLa")
+    return model_class

@@ -29,6 +29,7 @@ from .encoders import shuffled_blocks
 from .errors import CalaError
 from .errors import count_things
 from .model import CaLa
+from .model import find_model_class
 from .options import accepts
 from .recipe import Recipe
 from .retrieval import Result
@@ -205,7 +206,7 @@ def make_model(
     if recipe.embeds_dim not in (None, backbone.dim):
         has = f"this {backbone.name} backbone has {backbone.dim}"
         raise CalaError(f"--embeds-dim {recipe.embeds_dim}: {has}; leave the flag out or correct it")
-    model = CaLa(
+    model = find_model_class(recipe.model_class)(
         backbone,
         cir_frame=recipe.cir_frame,
         objective=recipe.objective,

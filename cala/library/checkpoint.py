@@ -20,6 +20,7 @@ from .files import hash_bytes
 from .files import hash_file
 from .files import replace_folder
 from ..model import CaLa
+from ..model import find_model_class
 from ..trust import refuse_foreign_code
 
 # %% ../../nbs/library/checkpoint.ipynb #fb09041a
@@ -39,10 +40,13 @@ def save_checkpoint(
 ) -> None:
     "Write model.safetensors and recipe.json; the folder changes as a whole or not at all."
     weights = save(model.state_to_save())
+    config = dict(model.config)
+    if type(model) is not CaLa:
+        config["model_class"] = f"{type(model).__module__}:{type(model).__name__}"
     extra = extra or {}
     content = dict(
         backbone=model.backbone.config,
-        model=model.config,
+        model=config,
         recipe=recipe or {},
         metrics=metrics or {},
         sha256=hash_bytes(weights),
@@ -136,8 +140,10 @@ def load_checkpoint(
     "The model of a checkpoint, in evaluation mode."
     recipe = read_recipe(folder)
     config = refuse_foreign_code(recipe["backbone"], folder) | backbone_options
+    options = refuse_foreign_code(recipe["model"], folder)
+    model_class = find_model_class(options.pop("model_class", None))
     try:
-        model = CaLa(make_backbone(**config), **recipe["model"])
+        model = model_class(make_backbone(**config), **options)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         message = f"{folder} does not fit its recipe ({reason}); it may be of another version of cala"
