@@ -157,6 +157,20 @@ def test_every_claim_has_equal_steps_equal_compute_and_a_control():
     assert "+CTR all tokens, at scale 3" not in list_association_arms("ctr", 3.0, "clip")
 
 
+def test_the_tables_of_fashioniq_have_a_second_ranking_and_no_groups():
+    arms = ("QTM at scale 10", "QTM at scale 10, 25% more steps", "+CTR pairs, at scale 10")
+    rows = pd.DataFrame([dict(setting="standard", world="FashionIQ", seed=s, arm=a) for s in (0, 1) for a in arms])
+    rows["kept_mean"], rows["kept_recall_at1"], rows["choice_mean"] = 50.0 + rows.index, 9.0, 40.0
+    is_ours = rows.arm == arms[2]
+    rows["again_mean"], rows["again_recall_at1"] = (
+        rows.kept_mean.where(is_ours) + 3,
+        rows.kept_recall_at1.where(is_ours),
+    )
+    text = ablation_dataset.describe_rows(rows, 10.0)
+    assert "+CTR pairs, at scale 10, ranked again" in text and "+5.00 [+5.00, +5.00] 2/2" in text
+    assert "Rs@1" not in text and "(equal compute)" in text
+
+
 def test_the_scale_is_chosen_on_the_data_for_choices():
     rows = [
         dict(arm="QTM at scale 100", seed=0, choice_mean=50.0, kept_mean=90.0),
