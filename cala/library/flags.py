@@ -67,7 +67,7 @@ class RerankFlags:
     "Whether the best pictures are ranked again."
 
     rerank: int | None = (
-        None  # rank this many of the best again by CTR of --ctr pairs; 20 cost about 1 ms a query, no further memory
+        None  # rank this many of the best again by CTR of --ctr pairs; 20 cost 1 to 3 ms a query, no further memory
     )
     rerank_weight: float | None = None  # of CTR in the second ranking; None: cala-validate chooses it
 
