@@ -679,6 +679,9 @@ def test_three_files_of_the_released_program_go_with_vit_g(tmp_path, without_lav
             getattr(backbone, role).query_tokens, qformer["query_tokens"] + number, atol=0, rtol=0
         )
     assert backbone.query(backbone.trunk(torch.randn(1, 3, pixels, pixels)), ["red"]).feature.isfinite().all()
+    if layout == "lavis":
+        with pytest.raises(CalaError, match="holds the file of pretrain; give --blip2-model-name pretrain$"):
+            build_model(ModelFlags(**options))
     with pytest.raises(CalaError, match="--blip2-model-name belongs to the three --blip2-...-path"):
         build_model(ModelFlags(checkpoint="x", blip2_model_name=model_name))
 

@@ -494,6 +494,9 @@ def read_qformer(
     if not is_url(place) and Path(place).is_dir():
         own_file = Path(place, qformer)
         paths = [own_file] if own_file.is_file() else [*list_hub_files(place)] or [own_file]
+        others = [name for name, other in PUBLISHED.items() if Path(place, other.qformer).is_file()]
+        if others and not own_file.is_file():
+            _refuse(place, model_name, others, f"the file of {' and of '.join(others)}")
     state = {}
     for path in paths:
         content = read_weights(find_published(path, qformer))
