@@ -168,9 +168,9 @@ def make_loader(
     start_worker: Callable | None = None,  # called first in every process that decodes pictures
 ) -> DataLoader:  # of `cala.data.Batch`, full batches only
     "Batches in the order of `BatchSampler`; call `.batch_sampler.set_epoch` before each epoch."
-    size = recipe.batch_size
-    if len(data) < size:
-        count = count_things(len(data), "triplet does", "triplets do")
+    size, triplets = recipe.batch_size, len(data)
+    if triplets < size:
+        count = count_things(triplets, "triplet does", "triplets do")
         raise CalaError(f"{count} not fill a batch of {size}; lower --batch-size")
     if size % processes:
         raise CalaError(f"--batch-size {size} cannot be shared by {processes} ranks (processes); choose a multiple")
