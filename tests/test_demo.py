@@ -7,12 +7,14 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from nbformat.v4 import new_code_cell
 from nbformat.v4 import new_markdown_cell
 from nbformat.v4 import new_notebook
 
 from cala import Recipe
 from cala import train
+from cala.encoders import load_backbone
 from cala.errors import CalaError
 from cala.library import demo as demo_steps
 from cala.library.cli import parse_flags
@@ -54,6 +56,11 @@ def test_the_cirr_demo_prints_six_rows_and_writes_table_and_ranks(cirr):
     assert table.loc["chance", ["R@1", "Rs@1"]].tolist() == [0.1, 20.0]
     assert all(row in done.stdout for row in ROWS)
     assert len(pd.read_csv(folder / "cala" / "ranks.csv")) == 1002
+
+
+def test_a_token_stands_for_a_cell_of_a_scene(cirr):
+    backbone = load_backbone(cirr[0] / "backbone.safetensors")
+    assert backbone.trunk(torch.zeros(1, 3, backbone.size, backbone.size)).shape[1] == 9
 
 
 def test_the_report_is_written_over_the_folder(cirr):

@@ -60,6 +60,7 @@ RUN_FLAGS = {
     "paper": {"--recipe": "paper"},
     "cala": {"--recipe": "cala"},
 }
+PATCHES = {"cirr": 16, "fashioniq": 8}  # side of a token in pixels; a cell of a drawn scene has 16
 OTHER_WORLD = 1000  # added to the seed: a world on which the weight of ranking again is chosen
 
 
@@ -117,13 +118,14 @@ def train_backbone(
     "Stage 1: image-text contrast on the captioned training pictures; nothing is done if the file is there."
     path = prepare_folder(demo) / "backbone.safetensors"
     names = ("world", "size", "width", "stage1_steps", "batch_size", "stage1_rate", "seed")
-    settings = {name: getattr(demo, name) for name in names}
+    patch = PATCHES[demo.world]
+    settings = {name: getattr(demo, name) for name in names} | {"patch": patch}
     if made_with(path, settings):
         return path
     data, captions = captioned_split(demo.world, root)
     texts = [text for triplet in data.triplets for text in triplet.captions]
     vocabulary = read_vocabulary(sum(captions.values(), texts))
-    backbone = make_backbone("tiny", vocabulary=vocabulary, width=demo.width, seed=demo.seed)
+    backbone = make_backbone("tiny", vocabulary=vocabulary, width=demo.width, patch=patch, seed=demo.seed)
     data, captions = captioned_split(demo.world, root, backbone.transform())
     losses = pretrain(
         backbone,
@@ -248,9 +250,10 @@ def evaluate_runs(
 ) -> dict[str, Result]:  # row of the table -> its recalls
     "Three baselines, with the encoders of the QTM run, and all runs after their last epoch, on the validation split."
     results = {}
-    for name in list_runs(demo):
-        model = load_checkpoint(prepare_folder(demo) / name / "last")
-        data = open_dataset(NAMES[demo.world], root, "val", model.backbone.transform())
+    models = {name: load_checkpoint(prepare_folder(demo) / name / "last") for name in list_runs(demo)}
+    transform = models["qtm"].backbone.transform()  # the same for all runs
+    data = open_dataset(NAMES[demo.world], root, "val", transform, keep=True)
+    for name, model in models.items():
         embedded = embed(model, data, batch_size=256)
         if name == "qtm":
             results |= measure_rows(model.frame, embedded, data, RUNS[name])
