@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,10 @@ import torch
 
 from cala.library.checkpoint import load_checkpoint
 from cala.library.cli import run_command
+from cala.library.processes import GatherWithGradient
+from cala.library.processes import gather_vectors
 from cala.library.worlds.scenes import draw_cirr
+from cala.model import Vectors
 from cala.recipe import Recipe
 from cala.scripts import cirr_submission
 from cala.scripts import search
@@ -128,3 +132,11 @@ def test_a_class_that_is_not_found_is_one_line(world, tmp_path, capsys, name, me
     (line,) = lines_of(capsys.readouterr().err)
     assert line.startswith(f"cala-train: --model-class {name}") and line.endswith(message)
     assert not (tmp_path / "run").exists()
+
+
+def test_vectors_gathered_from_processes_keep_their_type(monkeypatch):
+    more_vectors = namedtuple("MoreVectors", [*Vectors._fields, "new"])
+    monkeypatch.setattr(GatherWithGradient, "apply", lambda rows: torch.cat([rows, rows], dim=1))
+    gathered = gather_vectors(more_vectors(*torch.ones(3, 2, 4), None, None, None, torch.zeros(2, 4)))
+    assert type(gathered) is more_vectors and gathered.hca is None
+    assert torch.equal(gathered.new, torch.zeros(4, 4))

@@ -71,7 +71,7 @@ def gather_vectors(
     gathered: Any = GatherWithGradient.apply(torch.stack([vector for vector in vectors if vector is not None]))
     rows = iter(gathered)
     joined: list[Any] = [None if vector is None else next(rows) for vector in vectors]
-    return Vectors(*joined)
+    return type(vectors)(*joined)  # a model of your own has further vectors
 
 # %% ../../nbs/library/processes.ipynb #8c8bc322
 class AcrossProcesses(nn.Module):
