@@ -111,7 +111,7 @@ class LoopRecipe:
     gallery_negatives: bool = False  # every picture of the training gallery is a negative; with --encoder multi or text
     learning_rate: float = number(5e-6, above=0)  # of Q-Formers and query tokens; associations x2, ARTEMIS x10
     weight_decay: float = number(0.05, least=0)  # of AdamW
-    max_epoch: int | None = number(None, above=0)  # epochs until the rate is --min-lr; None: all, or 15 for released
+    max_epoch: int = number(None, above=0)  # epochs until the rate is --min-lr; None: all, or 15 for released
     min_lr: float = number(0.0, least=0)  # where the learning rate ends
     schedule: Literal["cosine", "released", "constant"] | None = None  # of the learning rate; None: the recipe's choice
     warmup: float = number(0.0, least=0)  # epochs of linear warm-up

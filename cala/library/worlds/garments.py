@@ -439,7 +439,7 @@ def draw_fashioniq(
     test: int = 100,  # triplets a category whose targets are not in the published files
     size: int = 96,  # width and height of a picture in pixels
     seed: int = 0,  # random seed; another seed draws another world
-    hard: bool = False,  # more changes at once, and eight garments beside each four that differ in one attribute
+    hard: bool = False,  # more changes at once, and many garments that differ from others in one attribute
 ) -> Path:  # the folder fashionIQ_dataset
     "Draw the FashionIQ world in the published layout, unless it is there already; `CalaError` if something else is."
     # A category has 5,940 garments. Four triplets need five of them, or twelve in a hard world; with more triplets than
