@@ -404,7 +404,7 @@ def dataset_name(
 def stage1_world(
     world: str,  # cirr, cirr_hard, fashioniq or fashioniq_hard
 ) -> str:
-    "The world whose captions stage 1 reads; garments of both FashionIQ worlds look alike and have the same captions."
+    "The world whose captions stage 1 reads; both FashionIQ worlds show the same kinds of garments."
     return "fashioniq" if world == "fashioniq_hard" else world
 
 
