@@ -27,10 +27,10 @@ class Demo:
     output: str = "demo"  # folder of data, runs, table and report; one subfolder a world
     size: int = 1800  # groups of six scenes to train on; for fashioniq, triplets a category
     width: int = 96  # d of the tiny backbone
-    stage1_steps: int = 400  # of image-text contrast
+    stage1_steps: int = 550  # of image-text contrast
     epochs: int = 4  # of stage 2
     batch_size: int = 128  # of both stages
-    stage1_rate: float = 2e-3  # learning rate of stage 1
+    stage1_rate: float = 1.5e-3  # learning rate of stage 1
     learning_rate: float = 2e-3  # learning rate of stage 2
     seed: int = 0  # random seed of world, weights and order
     threads: int = 1  # torch threads of each process
