@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
 from torch.utils.data import Sampler
 
+from .data import Triplets
 from .data import collate
 from .data import open_dataset
 from .encoders import find_backbone
@@ -161,7 +161,7 @@ class BatchSampler(Sampler):
 
 # %% ../nbs/method/10_training.ipynb #a4029e6a
 def make_loader(
-    data: Dataset,  # triplets
+    data: Triplets,  # to train on, or a subset of them
     recipe: Recipe,  # batch_size, neighbours, num_workers, seed
     processes: int = 1,  # processes that share a batch
     process: int = 0,  # number of this process
@@ -286,7 +286,7 @@ class Learner:
         self,
         recipe: Recipe,  # how to train
         model: CaLa,  # or any module that gives a named tuple of losses, the total first
-        data: Dataset,  # triplets to train on
+        data: Triplets,  # to train on, or a subset of them
         callbacks: list[Callback] | tuple = (),
         accelerator: Accelerator | None = None,  # None: a new one, in the precision of the recipe
         optimizer: torch.optim.Optimizer | None = None,  # None: `make_optimizer`

@@ -136,7 +136,9 @@ class GalleryNegatives(Callback):
         self.features = features
 
     def before_batch(self, learner: Learner):
-        positions = learner.data.targets[learner.batch.index].to(learner.accelerator.device)
+        targets = learner.data.targets
+        assert targets is not None  # training triplets have them
+        positions = targets[learner.batch.index].to(learner.accelerator.device)
         learner.more_inputs = dict(gallery=self.features, positions=positions)
 
 
