@@ -309,7 +309,7 @@ def notes_before(
     notes = []
     if recipe.holdout:
         share = f"{100 * recipe.holdout:g} percent of the training triplets"
-        notes.append(f"note: --holdout {recipe.holdout:g}: {share} are held out, and those that show their pictures too")
+        notes.append(f"note: --holdout {recipe.holdout:g}: {share} are held out, and all that show their pictures")
     if recipe.noise_ratio:
         share = f"{100 * recipe.noise_ratio:g} percent of the training triplets"
         notes.append(f"note: --noise-ratio {recipe.noise_ratio:g}: the targets of {share} are shuffled")
