@@ -343,9 +343,9 @@ def check_tests(
     with tarfile.open(sdist) as archive:
         archive.extractall(folder)
     (sources,) = folder.iterdir()
-    checks.run([commands / "pytest", "-q", "--collect-only"], sources, shown="pytest --collect-only")
+    checks.run([commands / "python", "-m", "pytest", "-q", "--collect-only"], sources, shown="pytest --collect-only")
     tests = [f"tests/{name}" for name in FILE_TESTS]
-    checks.run([commands / "pytest", "-q", *tests], sources, shown=f"pytest {' '.join(FILE_TESTS)}")
+    checks.run([commands / "python", "-m", "pytest", "-q", *tests], sources, shown=f"pytest {' '.join(FILE_TESTS)}")
 
 
 def check_python(
