@@ -246,7 +246,7 @@ def resolve(
         chosen.pop("qtm_scale", None)
     missing = {name: value for name, value in chosen.items() if values[name] is None}
     values = {**values, **missing}
-    if values["max_epoch"] is None:
+    if values["max_epoch"] is None and not values["resume"]:  # a resumed run keeps its own
         values["max_epoch"] = RELEASED_MAX_EPOCH if values["schedule"] == "released" else values["num_epochs"]
     return values
 

@@ -265,6 +265,19 @@ def test_the_fp16_scaler_goes_on_where_it_was(world, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- stopped, and gone on with
 
 
+def test_a_run_that_goes_on_for_more_epochs_keeps_its_schedule(world, tmp_path):
+    def run_without_max_epoch(*more, epochs):
+        words = train_flags(world, tmp_path / "run", *more, epochs=epochs)
+        place = words.index("--max-epoch")
+        del words[place : place + 2]
+        return train(parse_flags(Recipe, words), progress=False)
+
+    first = run_without_max_epoch(epochs=1)
+    again = run_without_max_epoch("--resume", tmp_path / "run", epochs=2)
+    assert (first.recipe.max_epoch, again.recipe.max_epoch, again.recipe.num_epochs) == (1, 1, 2)
+    assert again.epochs_done == 2
+
+
 def test_ctrl_c_in_a_validation_keeps_the_epochs_steps(world, tmp_path, capsys, monkeypatch, undisturbed):
     with monkeypatch.context() as patched:
         evaluate, count = cala.training.evaluate, []

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MORE_STEPS', 'SHARED', 'MEASURED_STEPS', 'TABLE_METRICS', 'name_baseline', 'list_scale_arms', 'list_association_arms',
-           'list_jobs', 'make_recipe', 'open_held_out', 'measure_run', 'run_job', 'Cost', 'StepTimer', 'read_clock',
-           'HeldTokens', 'measure_seconds', 'measure_cost', 'name_kind', 'Sizes', 'count_sizes', 'describe_costs',
-           'prepare_caches', 'list_flags', 'check_same_flags', 'choose_scale', 'free_memory', 'describe_choice',
-           'is_done', 'list_all_jobs', 'print_cost', 'run_jobs', 'run_dataset_ablation', 'sort_arms', 'describe_effect',
-           'describe_rows']
+           'list_jobs', 'make_recipe', 'open_held_out', 'measure_run', 'run_job', 'Cost', 'StepTimer', 'HeldTokens',
+           'measure_cost', 'name_kind', 'Sizes', 'count_sizes', 'describe_costs', 'prepare_caches', 'list_flags',
+           'check_same_flags', 'choose_scale', 'free_memory', 'describe_choice', 'is_done', 'list_all_jobs',
+           'print_cost', 'run_jobs', 'run_dataset_ablation', 'sort_arms', 'describe_effect', 'describe_rows']
 
 # %% ../../nbs/library/ablation_dataset.ipynb #5309f241
 import gc
@@ -39,6 +38,8 @@ from .ablation import read_rows
 from .ablation import report
 from .ablation import scale_arms
 from .ablation import spell_command
+from .benchmark import read_clock
+from .benchmark import time_call
 from .cache import cache_folder
 from .cache import use_caches
 from .cache.build import format_bytes
@@ -265,16 +266,7 @@ class StepTimer(Callback):
 
     def after_batch(self, learner: Learner) -> None:
         "Wait for the device, then note the time."
-        self.times.append(read_clock(learner.accelerator.device))
-
-
-def read_clock(
-    device: torch.device,
-) -> float:  # seconds
-    "The time when the device has done its work."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self.times.append(read_clock())
 
 
 class HeldTokens(dict):
@@ -294,17 +286,6 @@ class HeldTokens(dict):
                 rows = learner.core.tokens(pictures.to(learner.accelerator.device)).cpu()
             tokens.update(zip(positions.tolist(), rows, strict=True))
         return tokens
-
-
-def measure_seconds(
-    call: Any,  # a function without arguments
-    device: torch.device,
-) -> float:
-    "The time of a call, after a first one to warm up."
-    call()
-    start = read_clock(device)
-    call()
-    return read_clock(device) - start
 
 
 def measure_cost(
@@ -330,7 +311,7 @@ def measure_cost(
             data.pictures = HeldTokens.compute(learner)
         try:
             learner.callback("before_fit")
-            timer.times.append(read_clock(device))
+            timer.times.append(read_clock())
             learner.train_epoch()
         finally:
             learner.callback("cleanup")
@@ -342,11 +323,11 @@ def measure_cost(
     def read_pictures():
         return torch.stack([data.pictures[position] for position in positions])
 
-    reading = measure_seconds(read_pictures, device) / len(numbers) / max(1, recipe.num_workers)
+    reading = time_call(read_pictures, repeats=1) / len(numbers) / max(1, recipe.num_workers)
     pictures, captions = read_pictures().to(device), [data.caption(number) for number in numbers]
     with evaluating(model):
-        picture = measure_seconds(lambda: model.embed_gallery(pictures), device) / len(numbers)
-        query = measure_seconds(lambda: model.embed_queries(pictures, captions), device) / len(numbers)
+        picture = time_call(lambda: model.embed_gallery(pictures), repeats=1) / len(numbers)
+        query = time_call(lambda: model.embed_queries(pictures, captions), repeats=1) / len(numbers)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     saved = sum(tensor.numel() * tensor.element_size() for tensor in model.state_to_save().values())
     return Cost(build, steps[len(steps) // 2], reading + picture, reading + query, memory, saved + 2 * trained)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from functools import partial
 from math import floor
 from pathlib import Path
@@ -390,7 +391,10 @@ def train(
     output = run_folder(recipe)
     with report_lost_processes(output), own_folder(recipe):
         if recipe.resume:  # before data and weights are read
-            check_same_recipe(read_recipe(output / "last", "state.pt")["recipe"], recipe, output / "last")
+            saved = read_recipe(output / "last", "state.pt")["recipe"]
+            if recipe.max_epoch is None:
+                recipe = replace(recipe, max_epoch=saved["max_epoch"])
+            check_same_recipe(saved, recipe, output / "last")
         learner = make_learner(recipe, watch, progress)
         make_output_folder(output)
         for line in notes_before(recipe):
