@@ -200,7 +200,7 @@ def check_combiner_recipe(
 
 ABLATION_PARTS = ("scale", "ctr", "headline", "conditions", "where", "reasons", "slice")
 DATASET_PARTS = ("scale", "headline", "ctr")  # with --dataset
-ABLATION_WORLDS = ("cirr", "fashioniq", "cirr_hard")
+ABLATION_WORLDS = ("cirr", "cirr_hard", "cirr_large", "fashioniq", "fashioniq_hard")
 
 
 @dataclass
@@ -210,7 +210,7 @@ class AblationFlags:
     parts: Words = (
         "scale,ctr,headline,conditions,where,reasons"  # questions, separated by commas; slice: a few arms, in minutes
     )
-    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; cirr_hard has larger scenes and two edits a sentence
+    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; also fashioniq_hard and cirr_large, 10,000 triplets
     seeds: int = 5  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
     workers: int | None = None  # processes of one torch thread each; None: one a core
