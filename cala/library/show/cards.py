@@ -1,11 +1,11 @@
 """Triplets, rankings and failures as pictures."""
 
-from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -103,10 +103,13 @@ class Ranking:
         self,
         n: int,  # place in `order`
     ) -> str:
-        "What stands under a picture: its rank, and its score or its rank before it was ranked again."
+        "What stands under a picture: its rank, its score or its rank before it was ranked again, and `target`."
+        label = f"{n + 1}"
         if self.first_ranks is not None:
-            return f"{n + 1} · was {self.first_ranks[n]}"
-        return f"{n + 1}" if self.scores is None else f"{n + 1} · {self.scores[n]:.3g}"
+            label += f" · was {self.first_ranks[n]}"
+        elif self.scores is not None:
+            label += f" · {self.scores[n]:.3g}"
+        return f"{label}\ntarget" if self.order[n] == self.target else label
 
     def missed_target(
         self,
@@ -124,11 +127,8 @@ def _place_ranking(row: np.ndarray, gallery: Gallery, ranking: Ranking, k: int):
     if ranking.note:
         row[0].set_title(ranking.note, fontsize=8, parse_math=False)
     for n, (box, position) in enumerate(zip(row[2 : 2 + k], ranking.order)):
-        label = ranking.label(n)
-        if position == ranking.target:
-            place_picture(box, gallery.picture(position), f"{label}\ntarget", VERMILION)
-        else:
-            place_picture(box, gallery.picture(position), label)
+        frame = VERMILION if position == ranking.target else None
+        place_picture(box, gallery.picture(position), ranking.label(n), frame)
     missed = ranking.missed_target(k)
     if missed is not None:
         dots, box = row[2 + k :]
@@ -186,17 +186,11 @@ def failures(
     above: int = 1,  # a failure is a rank above this
 ) -> list[int]:  # query numbers
     "The worst failures of each kind; the kind with the largest share of failures comes first."
-    ranks = to_ranks(ranks).tolist()
-    failed = [i for i, rank in enumerate(ranks) if rank > above]
-    of_kind, failed_of_kind = Counter(kinds), Counter(kinds[i] for i in failed)
-    failed.sort(key=lambda i: (failed_of_kind[kinds[i]] / of_kind[kinds[i]], kinds[i], ranks[i]), reverse=True)
-    taken: Counter[str] = Counter()
-    worst = []
-    for i in failed:
-        if taken[kinds[i]] < per_kind:
-            worst.append(i)
-        taken[kinds[i]] += 1
-    return worst
+    table = pd.DataFrame(dict(kind=list(kinds), rank=to_ranks(ranks)))
+    table["failed"] = table["rank"] > above
+    table["share"] = table.groupby("kind").failed.transform("mean")
+    worst = table.query("failed").sort_values(["share", "kind", "rank"], ascending=False)
+    return worst.groupby("kind", sort=False).head(per_kind).index.tolist()
 
 
 def show_failures(

@@ -31,20 +31,18 @@ PANELS_A_ROW = 4
 @style()
 def recall_curve(
     ranks: Mapping[str, Iterable],  # {name: (Q,) ranks of the targets}
-    upto: int = 50,  # the last k
     gallery: int | None = None,  # pictures that compete; draws what chance reaches
 ) -> Page:
-    "Recall at 1 .. `upto`, a line for each model."
+    "Recall at 1 to 50, a line for each model."
     page = Page(figsize=(5, 2.6), layout="constrained")
     ax = page.subplots()
-    ks = tuple(range(1, upto + 1))
+    ks = tuple(range(1, 51))
     for name, model_ranks in ranks.items():
         ax.plot(ks, list(recalls(to_ranks(model_ranks), ks).values()), label=name)
     if gallery:
         ax.plot(ks, [min(100, 100 * k / gallery) for k in ks], color=GREY, lw=1, ls=":", label="chance")
-    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= upto]
     ax.set(xscale="log", ylim=(0, 103), xlabel="k", ylabel="recall at k, %")
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     ax.minorticks_off()
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return page
@@ -93,19 +91,16 @@ def _title_panel(column: str, several_runs: bool) -> str:
 
 def _plan_panels(runs: dict[str, pd.DataFrame]) -> dict[str, list[Line]]:
     "Title and lines of each panel. Recalls of a single run share a panel; every other column has its own."
-    columns = list(LOSSES)
-    for log in runs.values():
-        columns += [column for column in log if column == "learning_rate" or "recall_at" in column]
+    recall_columns = [column for log in runs.values() for column in log if "recall_at" in column]
     panels = {}
-    for column in dict.fromkeys(columns):
+    for column in dict.fromkeys([*LOSSES, "learning_rate", *recall_columns]):
         for number, (run, log) in enumerate(runs.items()):
             if column not in log or log[column].isna().all():  # a run with QTM alone logs its other terms as NaN
                 continue
             lines = panels.setdefault(_title_panel(column, len(runs) > 1), [])
-            if len(runs) > 1:
-                lines.append(Line(log, column, run, number))
-            else:
-                lines.append(Line(log, column, name_column(column), len(lines)))
+            is_single = len(runs) == 1
+            label = name_column(column) if is_single else run
+            lines.append(Line(log, column, label, number=len(lines) if is_single else number))
     return panels
 
 
@@ -115,7 +110,7 @@ def _draw_line(ax: Axes, line: Line, smooth: float):
     values = rows[line.column]
     x, ax_label = range(len(values)), "row"
     for counter in ("epoch", "step"):
-        if counter in rows and rows[counter].notna().all() and rows[counter].is_monotonic_increasing:
+        if counter in rows and rows[counter].is_monotonic_increasing:  # False where a value is missing
             x, ax_label = rows[counter], counter
     colour, dashes = PALETTE[line.number % 6], DASHES[line.number % 6]
     few = len(values) < 20
@@ -181,13 +176,13 @@ def edit_kinds(
 
 
 def wilson(
-    hits: int,  # successes
-    n: int,  # trials
-) -> tuple[float, float]:  # low and high, percentages
+    hits: Any,  # successes; a number, or an array of numbers
+    n: Any,  # trials
+) -> tuple[Any, Any]:  # low and high, percentages
     "The 95% interval of a proportion (Wilson 1927); it is correct for few trials, where p +- 1.96 s is not."
     z, p = 1.96, hits / n
     middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 
 
@@ -199,22 +194,21 @@ def per_kind_recall(
 ) -> Page:
     "Recall at k for each kind of edit, the hardest first, with the number of queries and a 95% interval."
     models = ranks if isinstance(ranks, Mapping) else {"": ranks}
-    is_found = {name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()}
-    names, first = np.array(kinds), next(iter(is_found.values()))
-    order = sorted(sorted(set(kinds)), key=lambda kind: first[names == kind].mean())
-    page = Page(figsize=(5.5, 0.5 + len(order) * max(0.3, 0.2 * len(models))), layout="constrained")
+    found = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
+    recall: Any = found.groupby(np.array(kinds)).mean()
+    recall = recall.sort_values(recall.columns[0], kind="stable")
+    counts: Any = pd.Series(kinds).value_counts()[recall.index]
+    page = Page(figsize=(5.5, 0.5 + len(recall) * max(0.3, 0.2 * len(models))), layout="constrained")
     ax = page.subplots()
-    thick = 0.8 / len(models)
-    for m, (name, of_model) in enumerate(is_found.items()):
-        for row, kind in enumerate(order):
-            hits = of_model[names == kind]
-            y, n, correct = row - 0.4 + thick * (m + 0.5), len(hits), int(hits.sum())
-            value, colour = 100 * correct / n, PALETTE[m % 6]
-            ax.barh(y, value, thick * 0.9, color=colour, alpha=0.5, label=name if row == 0 else None)
-            ax.plot(wilson(correct, n), [y, y], color=colour, lw=1.5, ls="-")
-            ax.text(102, y, f"{value:.0f}", va="center", size=8)
+    thick, rows = 0.8 / len(models), np.arange(len(recall))
+    for m, name in enumerate(models):
+        y, colour = rows - 0.4 + thick * (m + 0.5), PALETTE[m % 6]
+        ax.barh(y, 100 * recall[name], thick * 0.9, color=colour, alpha=0.5, label=name)
+        ax.hlines(y, *wilson(recall[name] * counts, counts), color=colour, lw=1.5)
+        for place, share in zip(y, recall[name]):
+            ax.text(102, place, f"{100 * share:.0f}", va="center", size=8)
     ax.set(xlim=(0, 118), xlabel=f"recall at {k}, %", xticks=range(0, 101, 20))
-    ax.set_yticks(range(len(order)), [f"{kind}  (n = {kinds.count(kind)})" for kind in order])
+    ax.set_yticks(rows, [f"{kind}  (n = {n})" for kind, n in counts.items()])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     if len(models) > 1:

@@ -17,8 +17,7 @@ from .curves import loss_curves
 from .curves import name_column
 from .curves import read_log
 from .style import Page
-from .style import make_boxes
-from .style import place_text
+from .style import write_page
 from .widgets import Movable
 from .widgets import QueryExplorer
 from .widgets import html_image
@@ -43,29 +42,22 @@ class TrainingPanel(Movable):
     def line(self) -> str:
         "The state of the run in one line."
         parts = []
-        if self.rows:
-            row = self.rows[-1]
+        for row in self.rows[-1:]:
             if "step" in row:
-                parts.append(f"step {row['step']:.0f} of {self.steps}" if self.steps else f"step {row['step']:.0f}")
-            for column in LOSSES:
-                if math.isfinite(row.get(column, math.nan)):
-                    parts.append(f"{name_column(column)} {row[column]:.3g}")
-        if self.validations:
-            for column, value in self.validations[-1].items():
-                if name_column(column) in ("R@1", "R@10", "Rs@1"):
-                    parts.append(f"{name_column(column)} {value:.1f}")
+                parts.append(f"step {row['step']:.0f}" + (f" of {self.steps}" if self.steps else ""))
+            losses = {column: row[column] for column in LOSSES if math.isfinite(row.get(column, math.nan))}
+            parts += [f"{name_column(column)} {loss:.3g}" for column, loss in losses.items()]
+        for row in self.validations[-1:]:
+            recalls = {name_column(column): value for column, value in row.items()}
+            parts += [f"{name} {recalls[name]:.1f}" for name in ("R@1", "R@10", "Rs@1") if name in recalls]
         return "  ".join(parts) or "nothing logged yet"
 
-    def __repr__(self):
-        return self.line()
+    __repr__ = line
 
     def figure(self) -> Page:
         "The curves so far."
-        if self.rows or self.validations:
-            return loss_curves(self.rows + self.validations)
-        page, boxes = make_boxes([3], 1, 0.5)
-        place_text(boxes[0, 0], self.line(), arrow=False)
-        return page
+        rows = self.rows + self.validations
+        return loss_curves(rows) if rows else write_page(self.line())
 
     def build_widget(self) -> ipywidgets.VBox:
         "Progress, line, curves, examples."
@@ -124,8 +116,8 @@ class TrainingPanel(Movable):
         folder: str | Path,  # of a run: log.csv, and metrics.csv once there was a validation
     ) -> "TrainingPanel":
         "Read the tables of a run that trains elsewhere, as they are now."
-        metrics = Path(folder) / "metrics.csv"
-        self.rows = read_log(Path(folder) / "log.csv").to_dict("records")
+        log, metrics = Path(folder, "log.csv"), Path(folder, "metrics.csv")
+        self.rows = read_log(log).to_dict("records")
         self.validations = read_log(metrics).to_dict("records") if metrics.is_file() else []
         self.refresh()
         return self

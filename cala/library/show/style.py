@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {  # matplotlib calls its keys `RcKeyType`
     "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=DASHES),
     "svg.hashsalt": "cala",
 }
-LINE_SIZES = (10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5)  # points that a text in a box may have
+LINE_SIZES = np.arange(10, 4.5, -0.5)  # points that a text in a box may have
 
 
 @contextmanager
@@ -128,13 +128,12 @@ def fit_text(
 def make_boxes(
     widths: list[float],  # of the columns, in inches
     rows: int,
-    height: float = 1,  # of a row, in inches
-    below: float = 0.2,  # room for a label under each row
+    below: float = 0.2,  # room for a label under each row, in inches
 ) -> tuple[Page, np.ndarray]:  # and the boxes (rows, columns)
-    "A page of empty boxes for pictures and texts."
+    "A page of empty boxes, one inch high, for pictures and texts."
     above, gap = 0.2, 0.12
     page_width = sum(widths) + gap * (len(widths) + 1)
-    page_height = above + rows * (height + below)
+    page_height = above + rows * (1 + below)
     page = Page(figsize=(page_width, page_height))
     places = {
         "width_ratios": widths,
@@ -143,7 +142,7 @@ def make_boxes(
         "top": 1 - above / page_height,
         "bottom": below / page_height,
         "wspace": gap * len(widths) / sum(widths),
-        "hspace": below / height,
+        "hspace": below,
     }
     boxes = page.subplots(rows, len(widths), squeeze=False, gridspec_kw=places)
     for box in boxes.flat:
@@ -172,17 +171,25 @@ def place_picture(
 def place_text(
     box: Axes,
     text: str,
-    arrow: bool = True,  # below the text, from left to right
 ):
-    "Write a text into a box, small enough to fit."
+    "Write a text into a box, small enough to fit, over an arrow from left to right."
     extent = box.get_window_extent().transformed(box.figure.dpi_scale_trans.inverted())  # in inches
-    low = 0.22 if arrow else 0.0
-    lines, size = fit_text(text, extent.width, extent.height * (1 - low))
-    middle = (1 + low) / 2
-    written = box.text(0.5, middle, lines, fontsize=size, color=GREY, parse_math=False, transform=box.transAxes)
+    lines, size = fit_text(text, extent.width, 0.78 * extent.height)
+    written = box.text(0.5, 0.61, lines, fontsize=size, color=GREY, parse_math=False, transform=box.transAxes)
     written.set(ha="center", va="center")
     true_width = max(1, written.get_window_extent().width)  # capitals are wider than the estimate of `break_lines`
     written.set_fontsize(size * min(1, extent.width * box.figure.dpi / true_width))
-    if arrow:
-        arrowprops = dict(arrowstyle="-|>", color=GREY, lw=1.4)
-        box.annotate("", (1, 0.1), (0, 0.1), xycoords="axes fraction", arrowprops=arrowprops)
+    arrowprops = dict(arrowstyle="-|>", color=GREY, lw=1.4)
+    box.annotate("", (1, 0.1), (0, 0.1), xycoords="axes fraction", arrowprops=arrowprops)
+
+
+@style()
+def write_page(
+    text: str,
+) -> Page:
+    "A page with one line of text, where there is nothing to draw."
+    page = Page(figsize=(4.5, 0.6))
+    box = page.subplots()
+    box.set_axis_off()
+    box.text(0.5, 0.5, text, ha="center", va="center")
+    return page

@@ -7,6 +7,7 @@ it is first shown; a front end without widgets (a web page, a PDF) shows the fig
 from base64 import b64encode
 from collections.abc import Callable
 from functools import cached_property
+from functools import partial
 from html import escape
 from io import BytesIO
 from typing import Any
@@ -18,8 +19,10 @@ from torch import Tensor
 from ...contrast import association_logits
 from ...data import Gallery
 from ...data import Triplets
+from ...encoders import Embedding
 from ...errors import CalaError
 from ...model import CaLa
+from ...model import Encoded
 from ...objectives import released
 from ...rerank import Reranker
 from ...retrieval import evaluating
@@ -34,10 +37,9 @@ from .style import BLUE
 from .style import GREY
 from .style import VERMILION
 from .style import Page
-from .style import make_boxes
 from .style import notebook_output
-from .style import place_text
 from .style import small_png
+from .style import write_page
 
 
 class Movable:
@@ -119,9 +121,7 @@ class TripletBrowser(Movable):
         members: bool = False,  # also the group of six
     ):
         self.dataset, self.kinds, self.members = dataset, kinds, members
-        self.matches = list(range(len(dataset.triplets)))
-        self.at = 0  # place in `matches`
-        self.kind, self.text = "all", ""
+        self.find()
 
     def find(
         self,
@@ -129,15 +129,14 @@ class TripletBrowser(Movable):
         text: str = "",  # words that must all stand in the modification text
     ) -> list[int]:  # numbers of the triplets found
         "Choose the triplets to look at; the first of them becomes the current one."
-        words = text.lower().split()
-        matches = []
+        self.kind, self.text = kind, text
+        self.matches, self.at = [], 0  # numbers of triplets, and the place of the current one among them
         for i, triplet in enumerate(self.dataset.triplets):
             caption = join_captions(triplet).lower()
-            if kind in ("all", self.kinds and self.kinds[i]) and all(word in caption for word in words):
-                matches.append(i)
-        self.matches, self.at, self.kind, self.text = matches, 0, kind, text
+            if kind in ("all", self.kinds and self.kinds[i]) and all(word in caption for word in text.lower().split()):
+                self.matches.append(i)
         self.update_widget()
-        return matches
+        return self.matches
 
     def go(
         self,
@@ -157,20 +156,16 @@ class TripletBrowser(Movable):
         "The current triplet."
         if self.matches:
             return show_triplets(self.dataset, [self.matches[self.at]], self.members)
-        page, boxes = make_boxes([4.5], 1, 0.6)
-        place_text(boxes[0, 0], "no triplet has these words", arrow=False)
-        return page
+        return write_page("no triplet has these words")
 
     def fill_widget(self):
         "Bring filters, count and picture up to date."
         self.kind_menu.value, self.text_box.value = self.kind, self.text
+        count, caption = "none", "nothing found"
         if self.matches:
-            self.count.value = f"{self.at + 1} of {len(self.matches)}"
+            count = f"{self.at + 1} of {len(self.matches)}"
             caption = join_captions(self.dataset.triplets[self.matches[self.at]])
-        else:
-            self.count.value = "none"
-            caption = "nothing found"
-        self.card.value = html_image(self.figure(), caption)
+        self.count.value, self.card.value = count, html_image(self.figure(), caption)
 
     def build_widget(self) -> ipywidgets.VBox:
         "Filters over a picture."
@@ -208,28 +203,21 @@ def association_votes(
     caption: str,  # the modification text
     targets: Tensor,  # (n, L, d) image tokens of the gallery
     which: set[str],  # TBIA, CTR or both
-    features: Tensor
-    | None = None,  # (n, d) of the gallery, for a compositor that reads features; None: the first tokens
+    features: Tensor | None = None,  # (n, d) of the gallery; None: the first tokens
 ) -> dict[str, Tensor]:  # z_tbia and z_ctr, (n,) each, as far as `which` names them
     "Logits of the associations for one query and every picture of a gallery, as if it were the target."
-    backbone = model.backbone
-    tokens = model.tokens(picture)
-    F_r, F_c = backbone.query(tokens, [caption]), backbone.text([caption])
-    count = len(targets)
+    tokens, count = model.tokens(picture), len(targets)
+    query = model.backbone.query(tokens, [caption]), model.backbone.text([caption]), model.backbone.image(tokens)
+    F_r, F_c, F_r_alone = (Embedding(*(part.expand(count, *part.shape[1:]) for part in each)) for each in query)
+    F_t = Embedding(targets, targets[:, 0] if features is None else features, torch.ones(targets.shape[:2]))
+    vectors = model.associate(Encoded(F_r, F_c, F_t, F_r_alone))
     logits = {}
-    if "TBIA" in which and model.hca is not None:
-        mask = F_c.mask.expand(count, -1) if model.mask_padding else None
-        hca = model.hca(F_r.tokens.expand(count, -1, -1), F_c.tokens.expand(count, -1, -1), targets, mask)
-        logits["z_tbia"] = association_logits(hca, F_r.feature, model.tbia_scale, model.normalise)[:, 0]
-    if "CTR" in which and model.compositor is not None:
-        alone = backbone.image(tokens)
-        if model.compositor.reads == "feature":
-            candidates = targets[:, 0] if features is None else features
-            logits["z_ctr"] = model.score_pairs(F_r.feature, F_c.feature, alone.feature, candidates[None])[0]
-        else:
-            pairs = model.compositor(alone.tokens.expand(count, -1, -1), targets)
-            query = model.compositor.query(F_r.feature, F_c.feature)
-            logits["z_ctr"] = association_logits(pairs, query, model.ctr_scale, model.normalise)[:, 0]
+    if "TBIA" in which and vectors.hca is not None:
+        z_tbia = association_logits(vectors.hca, vectors.f_r[:1], model.tbia_scale, model.normalise)
+        logits["z_tbia"] = z_tbia[:, 0]
+    if "CTR" in which and vectors.pair is not None and vectors.pair_query is not None:
+        z_ctr = association_logits(vectors.pair, vectors.pair_query[:1], model.ctr_scale, model.normalise)
+        logits["z_ctr"] = z_ctr[:, 0]
     return logits
 
 
@@ -241,48 +229,43 @@ def joint_scores(
 ) -> Tensor:  # (n,)
     "Minus the loss of the query's row if a picture were the target; over the candidates, not over a batch."
     w_tbia, w_ctr = model.w_tbia, model.w_ctr
-    if model.objective is released:
-        mixed = z_qtm if z_ctr is None else (1 - w_ctr) * z_qtm + w_ctr * z_ctr
-        scores = mixed.log_softmax(-1)
-        return scores if z_tbia is None else (1 - w_tbia) * scores + w_tbia * z_tbia.log_softmax(-1)
+    if model.objective is released and z_ctr is not None:
+        z_qtm, z_ctr = (1 - w_ctr) * z_qtm + w_ctr * z_ctr, None
     scores = z_qtm.log_softmax(-1)
+    if model.objective is released and z_tbia is not None:
+        scores = (1 - w_tbia) * scores
     for weight, logits in ((w_tbia, z_tbia), (w_ctr, z_ctr)):
         if logits is not None:
             scores = scores + weight * logits.log_softmax(-1)
     return scores
 
 
-class PictureButton:
+class PictureButton(ipywidgets.VBox):
     "A picture that can be clicked, with a line of text under it."
 
     def __init__(
         self,
         click: Callable,  # called with the gallery position when the picture is clicked
-        side: int = 96,  # pixels
     ):
-        size = dict(width=f"{side}px", height=f"{side}px")
-        over_the_picture = f"-{side + 4}px 0 4px 2px"
-        self.position = 0
-        self.image, self.text = ipywidgets.Image(layout=ipywidgets.Layout(**size)), ipywidgets.HTML()
+        size, self.position = dict(width="96px", height="96px"), 0
+        self.image, self.text = ipywidgets.Image(layout=size), ipywidgets.HTML()
         # ipywidgets has no picture that is a button: a transparent button lies over it, which the keyboard reaches too.
-        layout = ipywidgets.Layout(margin=over_the_picture, **size)
-        self.button = ipywidgets.Button(layout=layout, tooltip="take as reference")
-        self.button.style.button_color = "transparent"
+        layout, style = dict(margin="-100px 0 4px 2px", **size), dict(button_color="transparent")
+        self.button = ipywidgets.Button(layout=layout, style=style, tooltip="take as reference")
         self.button.on_click(lambda _: click(self.position))
-        self.box = ipywidgets.VBox([self.image, self.button, self.text])
+        super().__init__([self.image, self.button, self.text])
 
     def show(
         self,
         gallery: Gallery,
         position: int,  # which picture
-        text: str = "",  # the line under it
+        text: str,  # the line under it
         frame: str | None = None,  # colour of its frame
     ):
         "Show another picture."
-        self.position = int(position)
-        picture = gallery.picture(self.position)
+        self.position = position
+        picture, file = gallery.picture(position), BytesIO()
         picture.thumbnail((192, 192))
-        file = BytesIO()
         picture.save(file, "PNG")
         self.image.value, self.text.value = file.getvalue(), text
         self.image.layout.border = f"3px solid {frame}" if frame else f"1px solid {GREY}"
@@ -326,10 +309,7 @@ class QueryExplorer(Movable):
         reference: int,  # gallery position
     ) -> Tensor:  # gallery positions
         "The pictures that are ranked for a reference: CIRR leaves the reference out, FashionIQ keeps to its category."
-        inside = []
-        for section in sections(self.dataset):
-            if (section.gallery == reference).any():
-                inside.append(section.gallery)
+        inside = [section.gallery for section in sections(self.dataset) if reference in section.gallery]
         positions = torch.cat(inside).unique()
         return positions[positions != reference] if self.dataset.name == "CIRR" else positions
 
@@ -338,80 +318,60 @@ class QueryExplorer(Movable):
         name: str | None = None,  # of a model; None for all of them
     ) -> set[str]:  # of TBIA, CTR
         "The associations that a model still holds."
-        associations = set()
-        for model in self.models.values() if name is None else [self.models[name]]:
-            if model.hca is not None:
-                associations.add("TBIA")
-            if model.compositor is not None:
-                associations.add("CTR")
-        return associations
-
-    def score(
-        self,
-        name: str,  # of a model
-        reference: int,  # gallery position
-        caption: str,  # the modification text
-        rivals: Tensor,  # (n,) gallery positions
-    ) -> Tensor:  # (n,)
-        "The frame's scores; if associations vote, those of `joint_scores`."
-        model, voting = self.models[name], self.added & self.held(name)
-        frame: Any = model.frame
-        picture = self.dataset.pictures[reference][None].to(self.features[name].device)
-        with evaluating(model):
-            z_qtm = frame.scores(*model.embed_queries(picture, [caption]), self.features[name])[0, rivals]
-            if not voting:
-                return z_qtm.cpu()
-            if name not in self.tokens:
-                backbone = model.backbone
-                self.tokens[name] = embed_gallery(model, self.dataset, lambda tokens: backbone.image(tokens).tokens)
-            features = self.features[name][rivals]
-            votes = association_votes(model, picture, caption, self.tokens[name][rivals], voting, features)
-            return joint_scores(model, z_qtm, **votes).cpu()
+        models = self.models.values() if name is None else [self.models[name]]
+        associations = {"TBIA" for model in models if model.hca is not None}
+        return associations | {"CTR" for model in models if model.compositor is not None}
 
     def rank(
         self,
         name: str,  # of a model
-        reference: int,  # gallery position
-        caption: str,  # the modification text
-        target: int | None = None,  # gallery position, if it is known
+        is_again: bool = False,  # by QTM alone, and the best pictures again by CTR
     ) -> Ranking:
-        "The ranking of one model for one query."
-        rivals = self.candidates(reference)
-        scores = self.score(name, reference, caption, rivals)
-        order = scores.argsort(descending=True)
-        place = (rivals == (-1 if target is None else target)).nonzero()[:, 0]  # of the target among them, (1,) or (0,)
-        rank = None
-        if len(place):  # tied pictures count as the mean over their orders, as in the tables of `evaluate`
-            ranks = rank_table(scores[None], place)
-            rank = float(ranks.rank + ranks.ties / 2)
-        return Ranking(reference, caption, rivals[order].tolist(), scores[order].tolist(), target, rank, name)
-
-    def rank_again(
-        self,
-        name: str,  # of a model in `rerankers`
-        reference: int,  # gallery position
-        caption: str,  # the modification text
-        target: int | None = None,  # gallery position, if it is known
-    ) -> Ranking:
-        "The ranking of one model by QTM alone, with its best pictures ranked again by CTR."
-        model, reranker, rivals = self.models[name], self.rerankers[name], self.candidates(reference)
+        "One model's ranking for the current query; ties count as the mean over their orders, as in `evaluate`."
+        model, features = self.models[name], self.features[name]
         frame: Any = model.frame
-        features = self.features[name]
-        gallery, own = features[rivals], features[reference][None]
-        picture = self.dataset.pictures[reference][None].to(features.device)
+        rivals = self.candidates(self.reference).to(features.device)
+        place = (rivals == (-1 if self.target is None else self.target)).nonzero()[:, 0]  # (1,), or (0,)
+        picture = self.dataset.pictures[self.reference][None].to(features.device)
         with evaluating(model):
-            f_r, f_c = (feature.float() for feature in model.embed_queries(picture, [caption]))
-            z_qtm, positions = frame.scores(f_r, f_c, gallery).sort(descending=True, stable=True)
-            first = rivals[positions[0].cpu()].tolist()
-            positions = reranker.sort(positions, z_qtm, (f_r, f_c, own), gallery)
-        order = rivals[positions[0].cpu()].tolist()
-        place = (rivals == (-1 if target is None else target)).nonzero()[:, 0]  # of the target among them, (1,) or (0,)
-        rank = None
-        if len(place):
-            ranks = reranker.rank_queries(frame, f_r, f_c, gallery, own, place)
-            rank = float(ranks.rank + ranks.ties / 2)
-        moved = [first.index(position) + 1 for position in order]
-        return Ranking(reference, caption, order, None, target, rank, f"{name}{AGAIN}".removeprefix(", "), moved)
+            f_r, f_c = (feature.float() for feature in model.embed_queries(picture, [self.caption]))
+            scores = frame.scores(f_r, f_c, features)[:, rivals]
+            if is_again:
+                reranker, gallery = self.rerankers[name], features[rivals]
+                query = f_r, f_c, features[[self.reference]]
+                first = scores.argsort(descending=True, stable=True)
+                order = reranker.sort(first, scores.gather(1, first), query, gallery)[0]
+                find_ranks = partial(reranker.rank_block, scores, query, gallery, exclude=None, groups=None)
+                shown = dict(first_ranks=(first[0].argsort()[order] + 1).tolist())
+            else:
+                scores = self.count_votes(name, picture, rivals, scores)
+                order = scores[0].argsort(descending=True)
+                find_ranks = partial(rank_table, scores)
+                shown = dict(scores=scores[0, order].tolist())
+            ranks = find_ranks(place) if len(place) else None
+        rank = None if ranks is None else float(ranks.rank + ranks.ties / 2)
+        note = f"{name}{AGAIN}".removeprefix(", ") if is_again else name
+        return Ranking(
+            self.reference, self.caption, rivals[order].tolist(), target=self.target, rank=rank, note=note, **shown
+        )
+
+    def count_votes(
+        self,
+        name: str,  # of a model
+        picture: Tensor,  # (1, 3, H, W), the reference
+        rivals: Tensor,  # (n,) gallery positions
+        z_qtm: Tensor,  # (1, n)
+    ) -> Tensor:  # (1, n)
+        "The scores of a model, after the votes of its associations."
+        model, voting = self.models[name], self.added & self.held(name)
+        if not voting:
+            return z_qtm
+        if name not in self.tokens:
+            backbone = model.backbone
+            self.tokens[name] = embed_gallery(model, self.dataset, lambda tokens: backbone.image(tokens).tokens)
+        targets, features = self.tokens[name][rivals], self.features[name][rivals]
+        votes = association_votes(model, picture, self.caption, targets, voting, features)
+        return joint_scores(model, z_qtm, **votes)
 
     def ask(
         self,
@@ -423,9 +383,9 @@ class QueryExplorer(Movable):
         self.reference, self.caption, self.target = int(reference), caption, target
         self.rankings = {}
         for name in self.models:
-            self.rankings[name] = self.rank(name, self.reference, caption, target)
+            self.rankings[name] = self.rank(name)
             if self.is_again and name in self.rerankers:
-                self.rankings[name + AGAIN] = self.rank_again(name, self.reference, caption, target)
+                self.rankings[name + AGAIN] = self.rank(name, is_again=True)
         self.update_widget()
         return self.rankings
 
@@ -480,53 +440,41 @@ class QueryExplorer(Movable):
         self.answer_rows.children = [self.rows[name] for name in self.rankings]
         self.question.show(gallery, self.reference, "reference", BLUE)
         for name, ranking in self.rankings.items():
-            parts = [ranking.note] if ranking.note else []
-            if ranking.rank:
-                parts.append(f"the target has rank {ranking.rank:g}")
-            self.titles[name].value = ": ".join(parts)
+            rank = f"the target has rank {ranking.rank:g}" if ranking.rank else ""
+            self.titles[name].value = ": ".join(filter(None, [ranking.note, rank]))
             for n, (button, position) in enumerate(zip(self.answers[name], ranking.order)):
-                text = ranking.label(n)
-                if position == ranking.target:
-                    button.show(gallery, position, f"{text} · target", VERMILION)
-                else:
-                    button.show(gallery, position, text)
+                frame = VERMILION if position == ranking.target else None
+                button.show(gallery, position, ranking.label(n).replace("\n", " · "), frame)
 
     def build_widget(self) -> ipywidgets.VBox:
         "A triplet slider, a modification text, boxes for what ranks, the reference, and rows of pictures."
-        Layout = ipywidgets.Layout
         last = len(self.dataset.triplets) - 1
         self.triplet_slider = ipywidgets.IntSlider(max=last, description="triplet", continuous_update=False)
-        self.caption_box = ipywidgets.Text(description="sentence", continuous_update=False, layout=Layout(width="36em"))
+        self.caption_box = ipywidgets.Text(description="sentence", continuous_update=False, layout=dict(width="36em"))
+        options: dict[str, Any] = dict(indent=False, layout=dict(width="9em"))
+        self.again_box = ipywidgets.Checkbox(description="rank again", disabled=not self.rerankers, **options)
         self.voters = {}
         for name in ("TBIA", "CTR"):
-            options: dict[str, Any] = dict(description=f"{name} votes", disabled=name not in self.held(), indent=False)
-            self.voters[name] = ipywidgets.Checkbox(layout=Layout(width="9em"), **options)
-        self.again_box = ipywidgets.Checkbox(
-            description="rank again", disabled=not self.rerankers, indent=False, layout=Layout(width="9em")
-        )
+            is_absent = name not in self.held()
+            self.voters[name] = ipywidgets.Checkbox(description=f"{name} votes", disabled=is_absent, **options)
         self.question = PictureButton(self._take_reference)
-        names = [*self.models, *[name + AGAIN for name in self.rerankers]]
-        self.titles = {name: ipywidgets.Label() for name in names}
-        self.answers = {name: [PictureButton(self._take_reference) for _ in range(self.k)] for name in names}
-        self.rows = {}  # by name of the ranking; those of `rankings` are shown
-        for name, buttons in self.answers.items():
-            row = side_by_side(*[button.box for button in buttons])
-            self.rows[name] = ipywidgets.VBox([self.titles[name], row])
+        self.titles, self.answers, self.rows = {}, {}, {}  # by name of the ranking; the rows of `rankings` are shown
+        for name in [*self.models, *[name + AGAIN for name in self.rerankers]]:
+            self.titles[name] = ipywidgets.Label()
+            self.answers[name] = [PictureButton(self._take_reference) for _ in range(self.k)]
+            self.rows[name] = ipywidgets.VBox([self.titles[name], side_by_side(*self.answers[name])])
         self.answer_rows = ipywidgets.VBox()
         self.fill_widget()
         self.observe(self.triplet_slider, self.pick)
         self.observe(self.caption_box, lambda caption: self.ask(self.reference, caption))
-        for box in self.voters.values():
-            self.observe(box, self._count_votes)
         self.observe(self.again_box, self.switch_again)
+        for box in self.voters.values():
+            self.observe(box, lambda _: self.add(*[name for name, box in self.voters.items() if box.value]))
         # The empty label keeps the reference on one line with the first row of answers.
-        question = ipywidgets.VBox([ipywidgets.Label(), self.question.box])
+        question = ipywidgets.VBox([ipywidgets.Label(), self.question])
         votes = side_by_side(self.again_box, *self.voters.values())
         pictures = ipywidgets.HBox([question, self.answer_rows])
         return ipywidgets.VBox([self.triplet_slider, self.caption_box, votes, pictures])
 
     def _take_reference(self, position: int):
         self.ask(position, self.caption_box.value)
-
-    def _count_votes(self, _):
-        self.add(*[name for name, box in self.voters.items() if box.value])
