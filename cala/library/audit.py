@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import product
 from pathlib import Path
 from pathlib import PurePath
 
@@ -95,8 +96,9 @@ def audit(
     follow_links: bool = False,  # pictures outside the folder of the data set are fine, too
 ) -> Audit:
     "Count what is there, missing and broken, and check that the annotations agree with each other."
-    is_there = Path(root).is_dir()
-    folders = {name: data_folder(root, name) for name in FOLDERS if is_there and find_data_folders(root, name)}
+    folders = {}
+    if Path(root).is_dir():
+        folders = {name: data_folder(root, name) for name in FOLDERS if find_data_folders(root, name)}
     if not folders:  # most people have one of the data sets
         raise CalaError(
             f"{root} holds neither {' nor '.join(FOLDERS.values())}; point --data-root at the folder that does"
@@ -117,42 +119,35 @@ def audit_dataset(
     follow_links: bool,
 ):
     "Add the rows and findings of one data set."
-    picture_folders, elsewhere = set(), set()
-    walked = None
+    there, walked = set(), None
     if name == "FashionIQ":  # all splits share their folders
         walked = find_pictures(folder, ["images"], follow_links)
-    for split in SPLITS[name]:
-        for category in CATEGORIES if name == "FashionIQ" else ("",):
-            if name == "CIRCO":
-                annotations = read_circo(folder, split)
-            else:
-                annotations = read_annotations(folder, name, split, category)
-            paths = locate_pictures(folder, annotations.paths, walked, follow_links)
-            root = None if follow_links else folder
-            title = " ".join(filter(None, ["check", name, category, split]))
-            missing, broken = audit_pictures(paths, root, deep, title)
-            there = set(paths) - set(missing)
-            picture_folders |= {picture_folder(path, folder) for path in there}
-            elsewhere |= {path for path in there if follow_links and escapes_root(path, folder)}
-            present = len(paths) - len(missing) - len(broken)
-            row = dict(
-                dataset=name, split=split, category=category, triplets=len(annotations.triplets), pictures=len(paths)
-            )
-            row |= dict(present=present, missing=len(missing), broken=len(broken))
-            if category and annotations.triplets and all(triplet.target for triplet in annotations.triplets):
-                row["val gallery"] = len(gallery_names(annotations, "val"))
-            result.rows.append(row)
-            result.problems += annotations.faults
-            result.notes += annotations.notes
-            result.missing += missing
-            result.broken += broken
-    annotation_folders = sorted(
-        {str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()}
-    )
-    pictures = f"pictures in {', '.join(sorted(picture_folders))}" if picture_folders else "no pictures"
+    for split, category in product(SPLITS[name], CATEGORIES if name == "FashionIQ" else [""]):
+        if name == "CIRCO":
+            annotations = read_circo(folder, split)
+        else:
+            annotations = read_annotations(folder, name, split, category)
+        paths, triplets = locate_pictures(folder, annotations.paths, walked, follow_links), annotations.triplets
+        title = " ".join(filter(None, ["check", name, category, split]))
+        missing, broken = audit_pictures(paths, None if follow_links else folder, deep, title)
+        there |= set(paths) - set(missing)
+        present = len(paths) - len(missing) - len(broken)
+        row = dict(dataset=name, split=split, category=category, triplets=len(triplets), pictures=len(paths))
+        row |= dict(present=present, missing=len(missing), broken=len(broken))
+        if category and triplets and all(triplet.target for triplet in triplets):
+            row["val gallery"] = len(gallery_names(annotations, "val"))
+        result.rows.append(row)
+        result.problems += annotations.faults
+        result.notes += annotations.notes
+        result.missing += missing
+        result.broken += broken
+    annotation_folders = {str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()}
+    picture_folders = {picture_folder(path, folder) for path in there}
+    pictures = f"pictures in {', '.join(sorted(picture_folders))}" if there else "no pictures"
+    elsewhere = sum(escapes_root(path, folder) for path in there) if follow_links else 0
     if elsewhere:
-        pictures += f", {len(elsewhere):,} of them outside this folder, where links lead"
-    result.places.append(f"{name} in {folder}: annotations in {', '.join(annotation_folders)}; {pictures}")
+        pictures += f", {elsewhere:,} of them outside this folder, where links lead"
+    result.places.append(f"{name} in {folder}: annotations in {', '.join(sorted(annotation_folders))}; {pictures}")
 
 
 def picture_folder(

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import requires
 from importlib.metadata import version
@@ -23,8 +24,10 @@ def list_packages() -> pd.DataFrame:  # columns package, needed, installed, stat
         raise CalaError("cala itself is not installed; run pip install -e . in its folder") from None
     rows = []
     for requirement in requirements:
-        extra = find_extra(requirement)
-        installed = find_version(requirement.name)
+        extra = str(requirement.marker or "").partition("extra == ")[2].strip("\"'() ")  # empty if cala always needs it
+        installed = ""
+        with suppress(PackageNotFoundError):
+            installed = version(requirement.name)
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             if installed:
                 continue  # it is of no use on this Python, and does no harm
@@ -37,23 +40,6 @@ def list_packages() -> pd.DataFrame:  # columns package, needed, installed, stat
             state = "ok"
         rows.append((requirement.name, str(requirement.specifier) or "any", installed or "-", state))
     return pd.DataFrame(rows, columns=["package", "needed", "installed", "state"])
-
-
-def find_extra(
-    requirement: Requirement,
-) -> str:  # empty if cala always needs it
-    "The extra of cala that a requirement belongs to."
-    return str(requirement.marker or "").partition("extra == ")[2].strip("\"'() ")
-
-
-def find_version(
-    package: str,
-) -> str:  # empty if it is not installed
-    "The installed version of a package."
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def list_devices() -> list[str]:
@@ -76,7 +62,6 @@ def print_environment() -> bool:  # True if all that cala always needs is instal
     print(f"cala {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(*list_devices(), sep="\n")
     print(table.to_string(index=False))
-    is_lacking = (table.state == "missing") | table.state.str.startswith("needs")
-    lacking = table.package[is_lacking].tolist()
+    lacking = table.package[table.state.str.fullmatch("missing|needs .*")].tolist()
     print(f"to install: {', '.join(lacking)}" if lacking else "nothing is missing")
     return not lacking

@@ -4,10 +4,8 @@ The parts stand in the order of their value. Each prints as it goes. A part that
 next part begins; no part begins after the time is over. gpu.json is written after every part.
 """
 
-import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import torch
-from torch import nn
+from accelerate.utils.memory import clear_device_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile
@@ -39,7 +37,7 @@ from ..model import CaLa
 from ..retrieval import rank_queries
 from .benchmark import Limits
 from .benchmark import collate_first
-from .benchmark import describe_device
+from .benchmark import describe_conditions
 from .benchmark import draw_batch_world
 from .benchmark import make_benchmark_model
 from .benchmark import measure_epoch
@@ -87,13 +85,15 @@ def choose_sizes(
     return replace(flags, size="full", batch_size=64, precision="bf16", device="cuda", repeats=5, triplets=640)
 
 
-def name_share(
+def make_row(
+    name: str,
+    value: str,
     amount: float,  # FLOP or bytes
     seconds: float,
     limit: float,  # FLOP/s or bytes/s
-) -> str:
-    "A figure as a share of its limit."
-    return f"{amount / seconds / limit:.1%}"
+) -> dict[str, str]:
+    "A figure, with its share of the limit."
+    return {"name": name, "value": value, "of limit": f"{amount / seconds / limit:.1%}"}
 
 
 # The parts; each gives rows with `name`, `value` and `of limit` for the table at the end
@@ -113,16 +113,12 @@ def run_tests(
         status = subprocess.run(words, cwd=TESTS.parents[1], env=environment, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
         raise CalaError(f"the tests took more than {seconds:.0f} s and were stopped") from None
-    suites = ElementTree.parse(report).getroot().iter("testsuite") if report.is_file() else []
-    rows, failed = [], []
-    for suite in suites:
-        counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-        rows.append(dict(name="tests", value=", ".join(f"{count} {name}" for name, count in counts.items())))
-        failed += [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
-    rows += [dict(name="failed", value=name) for name in failed]
-    if status and not failed:
+    suite = ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
+    failed = [] if suite is None else [case.get("name", "") for case in suite if case.find("failure") is not None]
+    if suite is None or (status and not failed):
         raise CalaError(f"pytest ended with status {status}; its own lines say why")
-    return rows
+    counts = [f"{suite.get(name)} {name}" for name in ("tests", "failures", "errors", "skipped")]
+    return [dict(name="tests", value=", ".join(counts)), *(dict(name="failed", value=name) for name in failed)]
 
 
 def measure_step(
@@ -136,14 +132,14 @@ def measure_step(
     print(steps.to_string(index=False))
     rows = []
     for step in steps.to_dict("records"):
-        value = f"{step['seconds']:.4f} s, loss {step['loss']:.4f}, {format_bytes(step['memory'])}"
+        name, seconds = f"step, {step['mode']}, {step['level']}", step["seconds"]
+        value = f"{seconds:.4f} s, loss {step['loss']:.4f}, {format_bytes(step['memory'])}"
         if not bench.flags.dry:
             value += f", speed-up {step['ratio']:.2f}"
-        share = name_share(step["flops"], step["seconds"], bench.limits.flops)
-        rows.append({"name": f"step, {step['mode']}, {step['level']}", "value": value, "of limit": share})
+        rows.append(make_row(name, value, step["flops"], seconds, bench.limits.flops))
     update = measure_optimizer(bench.flags, model)
-    share = name_share(update["bytes"], update["fused"], bench.limits.bandwidth)
-    rows.append({"name": "AdamW, fused", "value": f"{update['fused']:.4f} s", "of limit": share})
+    seconds = update["fused"]
+    rows.append(make_row("AdamW, fused", f"{seconds:.4f} s", update["bytes"], seconds, bench.limits.bandwidth))
     batch = collate_first(data, bench.flags.batch_size)
     return rows + list_kernels(bench, partial(run_step, bench.flags, model.train(), batch, bench.device))
 
@@ -151,40 +147,20 @@ def measure_step(
 def list_kernels(
     bench: Bench,
     work: Callable,  # without arguments
-    count: int = 10,
 ) -> list[dict[str, str]]:
-    "The kernels that take longest, with their shares of the time."
+    "The ten kernels that take longest, with their shares of the time."
     is_cuda = bench.device.type == "cuda"
     work()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as profiler:
         work()
     column = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     averages = profiler.key_averages()
-    print(averages.table(sort_by=column, row_limit=count, max_name_column_width=60))
+    print(averages.table(sort_by=column, row_limit=10, max_name_column_width=60))
     device_type = DeviceType.CUDA if is_cuda else DeviceType.CPU
     events = [event for event in averages if event.device_type == device_type]
-    times = sorted(((getattr(event, column), event.key) for event in events), reverse=True)
-    whole = sum(time for time, _ in times) or 1
-    return [dict(name=f"kernel {name[:60]}", value=f"{time / whole:.1%} of a step") for time, name in times[:count]]
-
-
-def measure_trunk(
-    bench: Bench,
-    trunk: nn.Module,  # on the device
-    side: int,  # of a picture
-) -> dict[str, str]:
-    "Pictures a second."
-    pictures = torch.randn(bench.flags.batch_size, 3, side, side, device=bench.device)
-
-    @torch.no_grad()
-    def read():
-        return trunk(pictures)
-
-    with FlopCounterMode(display=False) as counter:
-        read()
-    taken = time_call(read, bench.flags.repeats)
-    share = name_share(counter.get_total_flops(), taken, bench.limits.flops)
-    return {"value": f"{len(pictures) / taken:,.0f} pictures/s", "of limit": share}
+    times = pd.Series([getattr(event, column) for event in events], [event.key for event in events], float)
+    shares = (times / times.sum()).nlargest(10)
+    return [dict(name=f"kernel {name[:60]}", value=f"{share:.1%} of a step") for name, share in shares.items()]
 
 
 def measure_trunks(
@@ -192,12 +168,17 @@ def measure_trunks(
     seconds: float,  # unused
 ) -> list[dict[str, str]]:
     "The trunks of CLIP RN50x4 and of BLIP-2 in bf16."
-    rows = []
+    flags, rows = bench.flags, []
     for name, options in dict(clip=dict(model_name="RN50x4"), blip2={}).items():
-        size = dict(random_weights=bench.flags.size, precision="bf16")
-        backbone = make_backbone(name, **options, **size).to(bench.device).eval()
+        backbone = make_backbone(name, **options, random_weights=flags.size, precision="bf16").to(bench.device).eval()
+        pictures = torch.randn(flags.batch_size, 3, backbone.size, backbone.size, device=bench.device)
+        read = torch.no_grad()(partial(backbone.trunk, pictures))
+        with FlopCounterMode(display=False) as counter:
+            read()
+        seconds = time_call(read, flags.repeats)
         title = " ".join(["trunk of", name, *options.values()])
-        rows.append(dict(name=title) | measure_trunk(bench, backbone.trunk, backbone.size))
+        value = f"{len(pictures) / seconds:,.0f} pictures/s"
+        rows.append(make_row(title, value, counter.get_total_flops(), seconds, bench.limits.flops))
     return rows
 
 
@@ -210,10 +191,9 @@ def measure_large_ranking(
     gallery = torch.randn(pictures, width, device=bench.device)
     reference, text = torch.randn(2, queries, width, device=bench.device)
     targets = torch.randint(pictures, (queries,))
-    taken = time_call(partial(rank_queries, Sum(), reference, text, gallery, targets), bench.flags.repeats)
-    share = name_share(2 * queries * pictures * width, taken, bench.limits.flops32)
-    title = f"{queries:,} queries, {pictures:,} pictures"
-    return [{"name": title, "value": f"{taken:.2f} s", "of limit": share}]
+    seconds = time_call(partial(rank_queries, Sum(), reference, text, gallery, targets), bench.flags.repeats)
+    title, flops = f"{queries:,} queries, {pictures:,} pictures", 2 * queries * pictures * width
+    return [make_row(title, f"{seconds:.2f} s", flops, seconds, bench.limits.flops32)]
 
 
 def measure_short_epoch(
@@ -226,10 +206,9 @@ def measure_short_epoch(
         factor = CIRR_TRIPLETS / epoch["triplets"]
         for layout in ("released", "ours"):
             training, validation = (epoch[f"{layout}_{name}"] * factor for name in ("training", "validation"))
-            value = f"{training:,.0f} s, validation {validation:,.0f} s, from {epoch['triplets']} triplets"
-            share = name_share(epoch[f"{layout}_flops"] * factor, training, bench.limits.flops)
             title = f"epoch of CIRR, extrapolated, {epoch['mode']}, {layout}"
-            rows.append({"name": title, "value": value, "of limit": share})
+            value = f"{training:,.0f} s, validation {validation:,.0f} s, from {epoch['triplets']} triplets"
+            rows.append(make_row(title, value, epoch[f"{layout}_flops"] * factor, training, bench.limits.flops))
         rows.append(dict(name=f"recalls, {epoch['mode']}", value=f"differ by {epoch['recalls']:.2g} at most"))
     return rows
 
@@ -262,9 +241,7 @@ def run_part(
         state, note = "failed", f"{type(error).__name__}: {one_line(error)[:300]}"
         if not isinstance(error, CalaError):
             traceback.print_exc()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     return dict(state=state, seconds=round(perf_counter() - start, 1), rows=rows, note=note)
 
 
@@ -277,11 +254,10 @@ def make_table(
     for name, part in parts.items():
         rows.append({"part": name, "name": f"{part['state']}, {part['seconds']:.0f} s", "value": part["note"]})
         rows += [dict(part="") | row for row in part["rows"]]
-    columns = ["part", "name", "value", *(["of limit"] if with_shares else [])]
-    table = pd.DataFrame(rows, columns=columns).fillna("")
-    widths = table.apply(lambda column: column.str.len().max())
-    left = {name: f"{{:<{widths[name]}}}".format for name in ("part", "name", "value")}
-    return table.to_string(index=False, formatters=left, justify="left")
+    texts = ["part", "name", "value"]
+    table = pd.DataFrame(rows, columns=[*texts, "of limit"] if with_shares else texts).fillna("")
+    table[texts] = table[texts].apply(lambda column: column.str.ljust(column.str.len().max()))
+    return table.to_string(index=False, justify="left")
 
 
 def run_parts(
@@ -289,14 +265,11 @@ def run_parts(
     folder: Path,  # for gpu.json
 ) -> dict[str, Any]:  # device, versions, command, limits, parts
     "Run all parts, print one table and write gpu.json."
-    start, command = perf_counter(), flags.spell()
+    start, given = perf_counter(), flags
     flags = choose_sizes(flags)
     device = find_device(flags.device)
-    versions = dict(cala=cala.__version__, torch=torch.__version__, python=platform.python_version())
-    limits = measure_limits(flags, device)
-    parts: dict[str, dict] = {}
-    results: dict[str, Any] = dict(device=describe_device(device), versions=versions, command=command)
-    results |= dict(limits=limits._asdict(), parts=parts)
+    limits, parts = measure_limits(flags, device), {}
+    results = describe_conditions(given, device) | dict(limits=limits._asdict(), parts=parts)
     print(f"{results['device']}; torch {torch.__version__}; {limits.flops / 1e12:.3g} TFLOP/s in bf16, ", end="")
     print(f"{limits.flops32 / 1e12:.3g} in float32, {limits.bandwidth / 1e9:.4g} GB/s", flush=True)
     with tempfile.TemporaryDirectory() as place:

@@ -62,8 +62,7 @@ class GradCache(Callback):
         size = -(-count // self.pieces)
         self.rows = [slice(start, start + size) for start in range(0, count, size)]
         self.inputs = [[cut_rows(x, rows) for x in inputs] for rows in self.rows]
-        self.rng_states = []
-        vectors = []
+        self.rng_states, vectors = [], []
         for piece in self.inputs:
             self.rng_states.append(rng_state())
             with torch.no_grad(), learner.accelerator.autocast():
@@ -84,9 +83,9 @@ class GradCache(Callback):
         of_leaves = iter(gradients[: len(leaves)])
         pull = [None if vector is None else next(of_leaves) for vector in self.vectors]
         of_weights = [(w, g) for w, g in zip(weights, gradients[len(leaves) :]) if g is not None]
-        for number, (piece, rows) in enumerate(zip(self.inputs, self.rows)):
-            set_rng_state(self.rng_states[number])
-            is_last = number == len(self.inputs) - 1
+        for piece, rows, state in zip(self.inputs, self.rows, self.rng_states):
+            set_rng_state(state)
+            is_last = piece is self.inputs[-1]
             with nullcontext() if is_last else learner.accelerator.no_sync(learner.model):
                 rows_of_pull = [None if part is None else part[rows] for part in pull]
                 with learner.accelerator.autocast():

@@ -47,9 +47,7 @@ def split_triplets(
         while share and len(chosen) < share * count:
             chosen += members[names.pop()]
         held_out += chosen
-    shown = set()
-    for number in held_out:
-        shown |= list_pictures(data.triplets[number])
+    shown = set().union(*(list_pictures(data.triplets[number]) for number in held_out))
     training = [n for n, triplet in enumerate(data.triplets) if not {triplet.reference, triplet.target} & shown]
     if not training:
         raise CalaError(f"--holdout {share}: no training triplet is left; give a smaller share")
@@ -62,8 +60,7 @@ def keep_training_part(
 ) -> Triplets:  # the same
     "Keep the triplets to train on; with a share of 0 all of them."
     if share:
-        numbers = split_triplets(data, share).training
-        data.triplets = [data.triplets[number] for number in numbers]
+        data.triplets = [data.triplets[number] for number in split_triplets(data, share).training]
         data.find_positions()
     return data
 
@@ -74,9 +71,7 @@ def keep_held_out_part(
 ) -> Triplets:  # the same
     "Keep the triplets that are held out, and their pictures as gallery."
     data.triplets = [data.triplets[number] for number in split_triplets(data, share).held_out]
-    shown = set()
-    for triplet in data.triplets:
-        shown |= list_pictures(triplet)
+    shown = set().union(*map(list_pictures, data.triplets))
     pictures: Any = data.pictures  # the gallery, or a `TokenCache`
     is_cached = pictures is not data.gallery
     data.gallery = data.gallery.without(set(data.gallery.names) - shown)

@@ -73,7 +73,7 @@ def measure_fit(
     noisy = torch.zeros(len(data), dtype=torch.bool)
     noisy[list(wrong)] = True
     true = data.targets.clone()
-    true[noisy] = data.gallery.positions([wrong[number] for number in noisy.nonzero()[:, 0].tolist()])
+    true[list(wrong)] = data.gallery.positions(list(wrong.values()))
     batches = BatchSampler(len(data), recipe.batch_size, recipe.neighbours, recipe.seed)
     batches.set_epoch(recipe.num_epochs)
     queries = embedded.reference, embedded.text, embedded.gallery

@@ -7,6 +7,9 @@ __all__ = ['spread', 'accuracy', 'ctr_share', 'ctr_with_query_reference', 'retri
            'correlate_wrong_answers', 'swap_accuracies', 'padding_drift', 'probe']
 
 # %% ../../nbs/library/probes.ipynb #83a8e2a4
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +43,7 @@ def ctr_share(
 ) -> float:  # 1: all of the fall comes from CTR; 0: nothing
     "Share of CTR in the fall of the mixed cross-entropy below ln B, as a Shapley value."
     weighted_qtm, weighted_ctr = (1 - w_ctr) * z_qtm, w_ctr * z_ctr
-    neither = contrast(0 * z_qtm).item()
+    neither = math.log(len(z_qtm))
     qtm_only = contrast(weighted_qtm).item()
     ctr_only = contrast(weighted_ctr).item()
     both = contrast(weighted_ctr + weighted_qtm).item()
@@ -69,9 +72,8 @@ def retrieval_gradient(
 ) -> torch.Tensor:  # one long vector
     "Gradient of a loss on all parameters that retrieval uses and training changes."
     parameters = [p for part in (model.backbone, model.frame) for p in part.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients)]
-    return torch.cat([gradient.flatten() for gradient in filled])
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def compare_gradients(
@@ -107,13 +109,12 @@ def swap_accuracies(
     "Accuracy of TBIA with everything in its place, and with texts or targets taken from the next triplet."
     if model.hca is None:
         raise CalaError("this probe needs a model with TBIA; give it a weight of TBIA above 0")
-    F_r, F_c, F_t, _ = encoded
-    next_F_c = Embedding(*(part.roll(1, 0) for part in F_c))
-    next_F_t = Embedding(*(part.roll(1, 0) for part in F_t))
+    next_F_c, next_F_t = (Embedding(*(part.roll(1, 0) for part in each)) for each in (encoded.F_c, encoded.F_t))
+    swaps: dict[str, dict] = dict(nothing={}, words=dict(F_c=next_F_c), target=dict(F_t=next_F_t))
     accuracies = {}
-    for swapped, text, target in (("nothing", F_c, F_t), ("words", next_F_c, F_t), ("target", F_c, next_F_t)):
-        hca = model.hca(F_r.tokens, text.tokens, target.tokens, text.mask if model.mask_padding else None)
-        accuracies[swapped] = accuracy(association_logits(hca, F_r.feature, model.tbia_scale, model.normalise))
+    for name, parts in swaps.items():
+        z_tbia: Any = model.compare(model.associate(encoded._replace(**parts))).z_tbia
+        accuracies[name] = accuracy(z_tbia)
     return accuracies
 
 # %% ../../nbs/library/probes.ipynb #3a09dcf2
@@ -122,21 +123,17 @@ def padding_drift(
     model: CaLa,  # with HCA
     encoded: Encoded,  # of a batch
     captions: list,  # its B modification texts
-    more: int = 8,  # padding tokens that are added
 ) -> float:  # nan for a backbone that pads all texts to one length, as CLIP does
-    "Relative change of HCA's result if every text has more padding."
+    "Relative change of HCA's result if every text has eight padding tokens more."
     if model.hca is None:
         raise CalaError("this probe needs a model with TBIA; give it a weight of TBIA above 0")
     backbone = model.backbone
     if not isinstance(backbone, QFormerBackbone):
         return float("nan")
     tokenized = backbone.read(captions)
-    longer = tokenized.padded(tokenized.ids.shape[1] + more)
-    results = []
-    for text in (backbone.text(tokenized), backbone.text(longer)):
-        mask = text.mask if model.mask_padding else None
-        results.append(model.hca(encoded.F_r.tokens, text.tokens, encoded.F_t.tokens, mask))
-    before, after = results
+    longer = tokenized.padded(tokenized.ids.shape[1] + 8)
+    before: Any = model.associate(encoded._replace(F_c=backbone.text(tokenized))).hca
+    after: Any = model.associate(encoded._replace(F_c=backbone.text(longer))).hca
     return ((before - after).norm() / before.norm()).item()
 
 # %% ../../nbs/library/probes.ipynb #66600019
@@ -157,23 +154,25 @@ def probe(
     if z_ctr is not None:
         mixed = w_ctr * z_ctr + (1 - w_ctr) * z_qtm
         with_query_reference = w_ctr * ctr_with_query_reference(model, encoded) + (1 - w_ctr) * z_qtm
-        numbers["ctr_spread"] = spread(z_ctr)
-        numbers["ctr_accuracy"] = accuracy(z_ctr)
-        numbers["ctr_share"] = ctr_share(z_qtm, z_ctr, w_ctr)
-        numbers["mixed_accuracy"] = accuracy(mixed)
-        numbers["mixed_loss"] = contrast(mixed).item()
-        numbers["honest_accuracy"] = accuracy(with_query_reference)
-        losses["mixed"] = contrast(mixed)
-        losses["ctr"] = contrast(z_ctr)
+        losses |= dict(mixed=contrast(mixed), ctr=contrast(z_ctr))
+        numbers |= dict(
+            ctr_spread=spread(z_ctr),
+            ctr_accuracy=accuracy(z_ctr),
+            ctr_share=ctr_share(z_qtm, z_ctr, w_ctr),
+            mixed_accuracy=accuracy(mixed),
+            mixed_loss=losses["mixed"].item(),
+            honest_accuracy=accuracy(with_query_reference),
+        )
     if z_tbia is not None:
-        numbers["tbia_spread"] = spread(z_tbia)
-        numbers["tbia_like_qtm"] = correlate_wrong_answers(z_tbia, z_qtm.T)
-        numbers["padding_drift"] = padding_drift(model, encoded, captions)
-        for swapped, value in swap_accuracies(model, encoded).items():
-            numbers[f"tbia_accuracy_swapped_{swapped}"] = value
         losses["tbia"] = contrast(z_tbia)
+        numbers |= dict(
+            tbia_spread=spread(z_tbia),
+            tbia_like_qtm=correlate_wrong_answers(z_tbia, z_qtm.T),
+            padding_drift=padding_drift(model, encoded, captions),
+        )
+        swapped = swap_accuracies(model, encoded)
+        numbers |= {f"tbia_accuracy_swapped_{name}": value for name, value in swapped.items()}
     for name, (length, cosine) in compare_gradients(model, losses, z_qtm).items():
-        numbers[f"{name}_length"] = length
-        numbers[f"{name}_cosine"] = cosine
+        numbers |= {f"{name}_length": length, f"{name}_cosine": cosine}
     model.train(was_training)
     return numbers
