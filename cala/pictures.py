@@ -110,7 +110,7 @@ def escapes_root(
     further below may have come with a stranger's archive."""
     path, root = Path(path), Path(root)
     folders = path.relative_to(root).parts[:-1]
-    depth = 2 if folders and folders[0] in (*PICTURE_FOLDERS, "COCO2017_unlabeled") else 1
+    depth = 2 if folders and folders[0] in PICTURE_FOLDERS else 1
     homes = [root.joinpath(*folders[:count]) for count in range(min(depth, len(folders)) + 1)]
     real = Path(os.path.realpath(path)) if path.is_symlink() else resolve_folder(path.parent.absolute()) / path.name
     return not any(real.is_relative_to(resolve_folder(home.absolute())) for home in homes)

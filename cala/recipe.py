@@ -2,9 +2,14 @@
 
 This module imports neither torch nor any other part of cala that does, because `cala-train --help` reads it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from operator import ge
+from operator import gt
+from operator import le
+from operator import lt
 from pathlib import Path
 from typing import Any
 from typing import Literal
@@ -16,20 +21,22 @@ from .errors import CalaError
 
 CacheName = Literal["off", "tokens", "auto"]
 CacheDtype = Literal["auto", "float16", "float32"]
-CACHES: tuple[str, ...] = get_args(CacheName)
-CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
+Precision = Literal["no", "bf16", "fp16"]
 CATEGORIES = ("dress", "shirt", "toptee")
+LIMITS = dict(  # of a number: how it is compared with the limit, and what the error message asks for
+    above=(gt, "a number above {}"),
+    least=(ge, "{} or more"),
+    below=(lt, "a number below {}"),
+    most=(le, "a number up to {}"),
+)
 
 
 def number(
     default: float | None,
-    above: float | None = None,  # values must be larger
-    least: float | None = None,  # or at least this
-    below: float | None = None,  # values must be smaller
-    most: float | None = None,  # or at most this
+    **limits: float,  # names as in `LIMITS`
 ) -> Any:
-    "A field of a recipe whose value lies in a range."
-    return field(default=default, metadata=dict(above=above, least=least, below=below, most=most))
+    "A field whose value lies in a range."
+    return field(default=default, metadata=limits)
 
 
 class LogitScale:
@@ -116,7 +123,7 @@ class LoopRecipe:
     schedule: Literal["cosine", "released", "constant"] | None = None  # of the learning rate; None: the recipe's choice
     warmup: float = number(0.0, least=0)  # epochs of linear warm-up
     seed: int = number(0, least=0, below=2**32)  # of order, dropout and new weights
-    precision: Literal["no", "bf16", "fp16"] = "no"  # mixed precision; no: float32
+    precision: Precision = "no"  # mixed precision; no: float32
     accumulate: int = number(1, above=0)  # pieces in which a batch is encoded; the loss is still over the whole batch
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it twice; the same numbers
     compile: bool = False  # compile trunk and encoders with torch.compile; needs a C++ compiler
@@ -147,9 +154,80 @@ class Recipe(KeepRecipe, LoopRecipe, ModelRecipe, DataRecipe):
     "How to train CaLa; every field is a flag of `cala-train`."
 
     def __post_init__(self):
-        values = resolve(read_choices(vars(self)))
-        check_ranges(values)
-        vars(self).update(values)
+        self.categories = split_words(self.categories)
+        self.transform = self.transform.lower()
+        if ":" not in self.encoder_arch:
+            self.encoder_arch = self.encoder_arch.lower()
+        check_fields(self)
+        vars(self).update(resolve(vars(self)))
+
+
+# Fields of any dataclass of flags
+
+
+def spell_flag(
+    name: str,  # of a field
+) -> str:
+    "The flag of a field."
+    return "--" + name.replace("_", "-")
+
+
+def split_words(
+    given: str | Iterable[str],  # a text with commas or blanks between the words, or the words
+) -> tuple[str, ...]:
+    "The words of a flag that is a list, in small letters."
+    words = given.replace(",", " ").split() if isinstance(given, str) else given
+    return tuple(word.lower() for word in words)
+
+
+def find_choice(
+    flag: str,  # for the error message
+    word: Any,  # as typed
+    choices: tuple[str, ...],
+) -> str:
+    "A choice in its own spelling; the case of letters makes no difference."
+    for choice in choices:
+        if choice.lower() == str(word).lower():
+            return choice
+    raise CalaError(f"{flag} {word}: choose one of {', '.join(choices)}")
+
+
+def check_fields(
+    flags: Any,  # a dataclass; changed in place
+):
+    """`CalaError` for the first choice that does not exist, or number that lies outside its range.
+
+    A choice gets its own spelling, and a path becomes a text, because a recipe is saved as JSON. Where the default is
+    None, the word None and an empty text mean None."""
+    hints = get_type_hints(type(flags))
+    for each in fields(flags):
+        value, flag = getattr(flags, each.name), spell_flag(each.name)
+        choices = _list_choices(hints[each.name])
+        if isinstance(value, Path):
+            value = str(value)
+        if each.default is None and value in (None, "None", ""):
+            value = None
+        elif choices:
+            value = find_choice(flag, value, choices)
+        elif value != "learned":
+            _check_limits(flag, value, each.metadata)
+        setattr(flags, each.name, value)
+
+
+def _list_choices(hint):
+    "The choices of a type `Literal[...]` or `Literal[...] | None`; empty for any other type."
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
+def _check_limits(flag, value, limits):
+    "`CalaError` if a number lies outside its range."
+    if limits and isinstance(value, str):
+        raise CalaError(f"{flag} {value}: give {LogitScale.expected}")
+    for name, limit in limits.items():
+        is_within, expected = LIMITS[name]
+        if not is_within(value, limit):
+            raise CalaError(f"{flag} {value}: give {expected.format(limit)}")
 
 
 # From what was given to a complete recipe
@@ -171,48 +249,6 @@ RECIPES = dict(
 WEIGHTS = dict(released=("tac_weight", "hca_weight"), paper=("alpha", "beta"))
 TWO_WAY_WEIGHTS = dict(alpha=0.0, beta=0.3)
 RELEASED_MAX_EPOCH = 15  # the published command gives it
-
-
-def spell_flag(
-    name: str,  # of a field
-) -> str:
-    "The flag of a field."
-    return "--" + name.replace("_", "-")
-
-
-def read_choices(
-    values: dict,  # of all fields
-) -> dict:
-    "Choices in their own spelling, empty texts as None; `CalaError` for a choice that does not exist."
-    values = dict(values)
-    hints = get_type_hints(Recipe)
-    for each in fields(Recipe):
-        value = values[each.name]
-        if isinstance(value, Path):  # a recipe is saved as JSON
-            values[each.name] = value = str(value)
-        if each.default is None and value in ("None", ""):
-            values[each.name] = value = None
-        choices = _list_choices(hints[each.name])
-        if choices and not (value is None and each.default is None):
-            match = [choice for choice in choices if choice.lower() == str(value).lower()]
-            if not match:
-                raise CalaError(f"{spell_flag(each.name)} {value}: choose one of {', '.join(choices)}")
-            values[each.name] = match[0]
-    if isinstance(values["categories"], str):
-        values["categories"] = values["categories"].replace(",", " ").split()
-    values["categories"] = tuple(values["categories"])
-    values["transform"] = values["transform"].lower()
-    if ":" not in values["encoder_arch"]:
-        values["encoder_arch"] = values["encoder_arch"].lower()
-    return values
-
-
-def _list_choices(hint):
-    "The choices of a type `Literal[...]` or `Literal[...] | None`; empty for any other type."
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    literals = [part for part in get_args(hint) if get_origin(part) is Literal]
-    return get_args(literals[0]) if literals else ()
 
 
 def find_objective(
@@ -249,29 +285,6 @@ def resolve(
     if values["max_epoch"] is None and not values["resume"]:  # a resumed run keeps its own
         values["max_epoch"] = RELEASED_MAX_EPOCH if values["schedule"] == "released" else values["num_epochs"]
     return values
-
-
-def check_ranges(
-    values: dict,  # of all fields
-):
-    "`CalaError` for the first number that lies outside its range."
-    for each in fields(Recipe):
-        value, limits = values[each.name], each.metadata
-        if not limits or (value is None and each.default is None):
-            continue
-        wrong = f"{spell_flag(each.name)} {value}"
-        if value == "learned":
-            continue
-        if isinstance(value, str):
-            raise CalaError(f"{wrong}: give {LogitScale.expected}")
-        if limits["above"] is not None and not value > limits["above"]:
-            raise CalaError(f"{wrong}: give a number above {limits['above']}")
-        if limits["least"] is not None and not value >= limits["least"]:
-            raise CalaError(f"{wrong}: give {limits['least']} or more")
-        if limits["below"] is not None and not value < limits["below"]:
-            raise CalaError(f"{wrong}: give a number below {limits['below']}")
-        if limits["most"] is not None and not value <= limits["most"]:
-            raise CalaError(f"{wrong}: give a number up to {limits['most']}")
 
 
 def run_folder(

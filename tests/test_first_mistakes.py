@@ -251,7 +251,7 @@ MISTAKES = {
     ],
     "cala-ablation": [
         ("--parts all", "--parts all: give some of"),
-        ("--worlds coco", "--worlds coco: give some of cirr, fashioniq"),
+        ("--worlds coco", "--worlds coco: give some of cirr, cirr_hard"),
         ("--seeds 0", "--seeds 0: give 1 or more"),
         ("--seeds 1 2 3", "--seeds 1 2 3: this flag takes one value"),
         ("--workers 0", "--workers 0: give 1 or more"),

@@ -29,7 +29,6 @@ from math import isfinite
 from pathlib import Path
 from textwrap import dedent
 from types import FrameType
-from typing import Annotated
 from typing import Any
 from typing import Literal
 from typing import get_args
@@ -38,6 +37,8 @@ from typing import get_type_hints
 
 from .. import __version__ as version
 from ..errors import CalaError
+from ..recipe import find_choice
+from ..recipe import spell_flag
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -48,7 +49,6 @@ NO_FLAGS = {  # no command has such a flag, and people try it
     "--device": "CUDA_VISIBLE_DEVICES=0 chooses the first GPU, CUDA_VISIBLE_DEVICES= the CPU",
     "--lr": "did you mean --learning-rate?",
 }
-Words = Annotated[str, "words"]  # text that is a list: words with commas, blanks or both between them
 LARGEST = 2**63 - 1  # of the whole numbers that torch and Python's own iterators take
 
 
@@ -70,7 +70,7 @@ def parse_flags(
     "Read the command line into `config`; a wrong flag or value is a `CalaError`."
     words = read_words(sys.argv[1:] if argv is None else argv)
     parameters = inspect.signature(config).parameters
-    hints = {name: strip_none(hint) for name, hint in get_type_hints(config, include_extras=True).items()}
+    hints = {name: strip_none(hint) for name, hint in get_type_hints(config).items()}
     comments = read_comments(config) if {"-h", "--help"} & set(words) else {}  # finding the source takes a moment
     parser = FlagParser(
         prog, usage="%(prog)s [flags]", description=config.__doc__, argument_default=SUPPRESS, allow_abbrev=False
@@ -161,13 +161,6 @@ def find_advice(
     return f"did you mean {names[similar[0]]}? " if similar else ""
 
 
-def spell_flag(
-    name: str,  # of a field
-) -> str:
-    "The flag of a field."
-    return "--" + name.replace("_", "-")
-
-
 def strip_none(
     hint: Any,  # a type, `None | type` or `Optional[type]`
 ) -> Any:
@@ -180,7 +173,7 @@ def is_list_type(
     hint: Any,  # the type of a field
 ) -> bool:
     "True if the flag of the field takes several words."
-    return hint == Words or get_origin(hint) in (list, tuple)
+    return get_origin(hint) in (list, tuple)
 
 
 def add_flag(
@@ -226,7 +219,7 @@ def read_value(
     items = [read_word(word, get_args(hint)[0], flag) for word in " ".join(value).replace(",", " ").split()]
     if not items:
         raise CalaError(f"{flag} is empty; give a value, or leave the flag out")
-    return ",".join(items) if hint == Words else get_origin(hint)(items)
+    return get_origin(hint)(items)
 
 
 def read_word(
@@ -236,10 +229,7 @@ def read_word(
 ) -> Any:
     "One value; the case of letters makes no difference to a choice."
     if get_origin(kind) is Literal:
-        choices = {choice.lower(): choice for choice in get_args(kind)}
-        if word.lower() not in choices:
-            raise CalaError(f"{flag} {word}: choose one of {', '.join(choices.values())}")
-        return choices[word.lower()]
+        return find_choice(flag, word, get_args(kind))
     try:
         value = kind(word)
     except ValueError:
@@ -314,29 +304,15 @@ def one_line(
 
 
 @contextmanager
-def print_log() -> Iterator[None]:
-    "Print what the library writes to the logger `cala`: the message alone, on standard output."
-    logger, handler = logging.getLogger("cala"), logging.StreamHandler(sys.stdout)
-    before = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-@contextmanager
 def prepare_output() -> Iterator[None]:
     """Prepare standard output, messages and warnings for a user while a command runs.
 
-    A character that the terminal does not know is printed as `\\xe9`. cala's own warnings are lines that begin with
+    What the library writes to the logger `cala` is printed, the message alone. A character that the terminal does not
+    know is printed as `\\xe9`. cala's own warnings are lines that begin with
     `note:`; warnings for programmers are hidden. What was printed is flushed, so that a closed pipe or a full disk is
     an error that can still be caught, and not one at the exit of Python."""
-    default_format = warnings.formatwarning
+    default_format, logger = warnings.formatwarning, logging.getLogger("cala")
+    handler, level, propagate = logging.StreamHandler(sys.stdout), logger.level, logger.propagate
 
     def format_note(message, category, filename, *place):
         if PACKAGE in Path(filename).resolve().parents:
@@ -345,7 +321,10 @@ def prepare_output() -> Iterator[None]:
 
     if isinstance(sys.stdout, TextIOWrapper):  # in a notebook it is another class
         sys.stdout.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings(), print_log():
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.formatwarning = format_note
@@ -353,6 +332,9 @@ def prepare_output() -> Iterator[None]:
             yield
         finally:
             warnings.formatwarning = default_format
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
             flush_output()
 
 

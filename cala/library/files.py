@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import lru_cache
-from functools import partial
 from hashlib import blake2b
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +45,7 @@ def hash_bytes(
     data: bytes,  # any content
 ) -> str:
     "SHA-256 of bytes, as hexadecimal digits."
-    if len(data) < LARGE:
-        return sha256(data).hexdigest()
-    view = memoryview(data)
-    parts = (view[start : start + PART] for start in range(0, len(data), PART))
-    return _hash_parts(parts, len(data), "hash of the weights")
+    return _hash_stream(BytesIO(data), len(data), "hash of the weights")
 
 
 def hash_file(
@@ -65,17 +61,16 @@ def hash_file(
 @lru_cache(maxsize=64)  # a command asks for the hash of its weights several times
 def _hash_large_file(path, size, time):
     with open(path, "rb") as file:
-        return _hash_parts(iter(partial(file.read, PART), b""), size, f"check {os.path.basename(path)}")
+        return _hash_stream(file, size, f"check {os.path.basename(path)}")
 
 
-def _hash_parts(parts, size, title):
-    "SHA-256 of parts that have this size together, with progress."
-    digest, done = sha256(), 0
-    with show_progress(None, title, size // MEGABYTE, "MB", is_part=True) as bar:
-        for part in parts:
+def _hash_stream(stream, size, title):
+    "SHA-256 of an open file of this size, with progress if it is large."
+    digest = sha256()
+    with show_progress(None, title, size // MEGABYTE, "MB", is_hidden=size < LARGE, is_part=True) as bar:
+        while part := stream.read(PART):
             digest.update(part)
-            done += len(part)
-            bar.update(done // MEGABYTE - bar.n)
+            bar.update(stream.tell() // MEGABYTE - bar.n)
     return digest.hexdigest()
 
 
@@ -308,3 +303,15 @@ def lock_folder(
         with suppress(OSError):  # the system refuses to remove a folder that holds something
             for path in new_folders:
                 path.rmdir()
+
+
+@contextmanager
+def lock_output(
+    folder: str | Path,  # where a command will write; made if need be
+    may_hold: Iterable[str] = (),  # as for `check_output_folder`
+) -> Iterator[Path]:  # the folder
+    "Let one command at a time write into a folder that holds nothing else."
+    check_output_folder(folder, may_hold)
+    with lock_folder(folder) as locked:
+        check_output_folder(folder, may_hold)  # another command may have used it between the first check and the lock
+        yield locked

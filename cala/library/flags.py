@@ -11,23 +11,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from typing import Literal
-from typing import get_args
 
 from ..errors import CalaError
-from ..recipe import CACHE_DTYPES
-from ..recipe import CACHES
+from ..recipe import CATEGORIES
 from ..recipe import CacheDtype
 from ..recipe import CacheName
 from ..recipe import DataRecipe
 from ..recipe import LogitScale
 from ..recipe import LoopRecipe
 from ..recipe import ModelRecipe
+from ..recipe import Precision
+from ..recipe import check_fields
 from ..recipe import number
-from .cli import Words
-from .cli import spell_flag
+from ..recipe import spell_flag
+from ..recipe import split_words
 
-Precision = Literal["no", "bf16", "fp16"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 # The flag for each of BLIP-2's three Q-Formers, by its role.
 BLIP2_ROLES = {"textual": "blip2_textual_path", "multimodal": "blip2_multimodal_path", "visual": "blip2_visual_path"}
 # The flags that say where a model comes from.
@@ -73,15 +71,23 @@ class RerankFlags:
 
 
 @dataclass
-class DataFlags(ModelFlags):
-    "Which model, and how pictures are read."
+class PictureFlags(ModelFlags):
+    "Which model, and how it reads pictures."
+
+    transform: str | None = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
+    target_ratio: float | None = number(
+        None, least=1
+    )  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
+    batch_size: int = number(64, least=1)  # pictures, or queries, at a time
+    num_workers: int = number(0, least=0)  # processes that decode pictures
+    device: str | None = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
+
+
+@dataclass
+class DataFlags(PictureFlags):
+    "Which model, and which pictures."
 
     data_root: str = "."  # folder that holds cirr_dataset or fashionIQ_dataset
-    transform: str | None = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
-    target_ratio: float | None = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
-    batch_size: int = 64  # pictures, or queries, at a time
-    num_workers: int = 0  # processes that decode pictures
-    device: str | None = None  # cpu, cuda, cuda:1, mps ...; None: a GPU if there is one
     precision: Precision = "no"  # no (float32), bf16 or fp16
     cache: CacheName = (
         "off"  # off; tokens: keep the trunk's tokens on disk, as cala-train does; auto: if they are there
@@ -119,35 +125,11 @@ def find_source(
 
 
 def check_data_flags(
-    flags: Any,  # DataFlags, or others with most of its fields
+    flags: PictureFlags,
 ):
     "Raise `CalaError` for an impossible value."
-    check_least(flags, dict(batch_size=1, target_ratio=1, num_workers=0))
+    check_fields(flags)
     check_workers(flags.num_workers)
-    choices = {"precision": PRECISIONS, "cache": CACHES, "cache_dtype": CACHE_DTYPES}
-    for name, values in choices.items():
-        if getattr(flags, name) not in values:
-            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: choose one of {', '.join(values)}")
-
-
-def check_least(
-    flags: Any,  # a dataclass of flags
-    least: dict[str, int],  # name of a field -> the least value that it may have
-):
-    "Raise `CalaError` for the first number that is too small."
-    for name, minimum in least.items():
-        if not getattr(flags, name) >= minimum:
-            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give {minimum} or more")
-
-
-def check_rates(
-    flags: Any,  # a dataclass of flags
-    *names: str,  # fields that are learning rates
-):
-    "Raise `CalaError` for the first learning rate that is not above 0."
-    for name in names:
-        if not getattr(flags, name) > 0:
-            raise CalaError(f"{spell_flag(name)} {getattr(flags, name)}: give a number above 0")
 
 
 def check_workers(
@@ -161,25 +143,31 @@ def check_workers(
         raise CalaError(f"--num-workers {num_workers}: {machine}; give at most {most}")
 
 
+def check_file_name(
+    flag: str,  # that gives it, for the error message
+    name: str,  # becomes a part of a file's name
+):
+    "Raise `CalaError` for a name with a folder in it, or none."
+    if not name or set(name) & set("/\\\0"):
+        raise CalaError(f"{flag} {name!r}: give a plain file name")
+
+
 @dataclass
 class CombinerRecipe(DataFlags):
     "Train the Combiner on the frozen features of a model."
 
     dataset: str | None = None  # CIRR or FashionIQ, in any case; None: the checkpoint's
     protocol: Literal["original", "val"] = "original"  # FashionIQ's validation gallery: original or val
-    categories: Words = "dress,shirt,toptee"  # FashionIQ: which, separated by commas or spaces
+    categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which, separated by commas or spaces
     allow_missing: bool = False  # continue although pictures are missing; every result says how many
-    num_epochs: int = 300  # passes over the features
-    batch_size: int = 4096  # triplets a step; all of them if there are fewer
-    feature_batch: int = 64  # pictures, or sentences, at a time while features are computed
-    learning_rate: float = 2e-5  # Adam's
-    weight_decay: float = 0.0  # AdamW's; 0 is Adam
-    seed: int = 0  # of weights, order and dropout
-    validation_frequency: int = 1  # epochs from one validation to the next
+    num_epochs: int = number(300, least=1)  # passes over the features
+    batch_size: int = number(4096, least=1)  # triplets a step; all of them if there are fewer
+    feature_batch: int = number(64, least=1)  # pictures, or sentences, at a time while features are computed
+    learning_rate: float = number(2e-5, above=0)  # Adam's
+    weight_decay: float = number(0.0, least=0)  # AdamW's; 0 is Adam
+    seed: int = number(0, least=0)  # of weights, order and dropout
+    validation_frequency: int = number(1, least=1)  # epochs from one validation to the next
     output: str | None = None  # an empty folder or a new one; None: runs/<dataset>-combiner
-
-
-COMBINER_LEAST = dict(num_epochs=1, feature_batch=1, validation_frequency=1, weight_decay=0, seed=0)
 
 
 def check_combiner_recipe(
@@ -194,28 +182,26 @@ def check_combiner_recipe(
     if recipe.combining_function not in (None, "combiner"):
         name = recipe.combining_function
         raise CalaError(f"--combining-function {name}: this command trains a combiner; leave the flag out")
-    check_rates(recipe, "learning_rate")
-    check_least(recipe, COMBINER_LEAST)
 
 
 ABLATION_PARTS = ("scale", "ctr", "headline", "conditions", "where", "reasons", "slice")
 DATASET_PARTS = ("scale", "headline", "ctr")  # with --dataset
 ABLATION_WORLDS = ("cirr", "cirr_hard", "cirr_large", "fashioniq", "fashioniq_hard")
+DEFAULT_WORLDS = ("cirr", "fashioniq", "cirr_hard")
+DEFAULT_SCALES = ("100", "55", "20", "10", "6", "3", "learned")
 
 
 @dataclass
 class AblationFlags:
     "What is compared."
 
-    parts: Words = (
-        "scale,ctr,headline,conditions,where,reasons"  # questions, separated by commas; slice: a few arms, in minutes
-    )
-    worlds: Words = "cirr,fashioniq,cirr_hard"  # drawn data sets; also fashioniq_hard and cirr_large, 10,000 triplets
-    seeds: int = 5  # each draws its own data, triplets, order and new weights
+    parts: tuple[str, ...] = ABLATION_PARTS[:-1]  # questions, separated by commas; slice: a few arms, in minutes
+    worlds: tuple[str, ...] = DEFAULT_WORLDS  # drawn data sets; also fashioniq_hard and cirr_large, 10,000 triplets
+    seeds: int = number(5, least=1)  # each draws its own data, triplets, order and new weights
     output: str = "ablation"  # folder of data, backbones and rows; a run whose row is there is not run again
-    workers: int | None = None  # processes of one torch thread each; None: one a core
+    workers: int | None = number(None, least=1)  # processes of one torch thread each; None: one a core
     compare: str | None = None  # a CSV of other runs that the paired differences must agree with
-    scales: Words = "100,55,20,10,6,3,learned"  # with --dataset: logit scales of QTM that are compared
+    scales: tuple[str, ...] = DEFAULT_SCALES  # with --dataset: logit scales of QTM that are compared
     cost: bool = False  # with --dataset: print what all runs would cost, and start none
 
 
@@ -237,7 +223,9 @@ class Ablation(LoopRecipe, ModelRecipe, DataRecipe, AblationFlags):
     qtm_scale: LogitScale | None = number(None, above=0)  # of the associations; None: the best scale of the part scale
 
     def __post_init__(self):
-        check_least(self, dict(seeds=1))
+        check_fields(self)
+        for name in ("parts", "worlds", "scales"):
+            setattr(self, name, split_words(getattr(self, name)))
         defaults = {each.name: each.default for each in fields(Ablation)}
         given = {name for name, value in vars(self).items() if value != defaults[name]}
         if self.dataset is None:
@@ -252,7 +240,7 @@ CHOSEN_BY_ARMS += ("tbia_scale", "ctr_scale", "cir_frame", "seed", "max_epoch")
 
 
 def check_drawn_ablation(
-    ablation: Any,  # Ablation; changed: lists of words become tuples
+    ablation: Any,  # Ablation
     given: set[str],  # names of the flags that differ from their defaults
 ):
     "`CalaError` for flags that make no ablation on drawn worlds."
@@ -261,16 +249,14 @@ def check_drawn_ablation(
     if foreign:
         flag = spell_flag(foreign[0])
         raise CalaError(f"{flag} belongs to --dataset, and drawn worlds have their own settings; leave it out")
-    ablation.parts = split_choices("--parts", ablation.parts, ABLATION_PARTS)
-    ablation.worlds = split_choices("--worlds", ablation.worlds, ABLATION_WORLDS)
-    if ablation.workers is not None:
-        check_least(ablation, dict(workers=1))
+    check_words("--parts", ablation.parts, ABLATION_PARTS)
+    check_words("--worlds", ablation.worlds, ABLATION_WORLDS)
     if ablation.compare:
         check_rows_file(ablation.compare)
 
 
 def check_dataset_ablation(
-    ablation: Any,  # Ablation; changed: lists of words become tuples
+    ablation: Any,  # Ablation; changed: parts and scales
     given: set[str],  # names of the flags that differ from their defaults
 ):
     "`CalaError` for flags that make no ablation on a data set."
@@ -283,7 +269,7 @@ def check_dataset_ablation(
             raise CalaError(f"{spell_flag(name)} {getattr(ablation, name)}: an ablation chooses it; {advice}")
     if "parts" not in given:
         ablation.parts = ("scale", "headline")
-    ablation.parts = split_choices("--parts", ablation.parts, DATASET_PARTS)
+    check_words("--parts", ablation.parts, DATASET_PARTS)
     if ablation.qtm_scale == "learned":
         raise CalaError("--qtm-scale learned: the associations are compared at a fixed scale; give a number")
     if "scale" not in ablation.parts and ablation.qtm_scale is None:
@@ -292,11 +278,11 @@ def check_dataset_ablation(
 
 
 def read_scales(
-    given: str | tuple,  # of --scales
+    words: tuple[str, ...],  # of --scales
 ) -> tuple[str, ...]:  # numbers in their shortest form, and perhaps the word learned
     "The logit scales of an ablation."
     scales = []
-    for word in given.lower().replace(",", " ").split() if isinstance(given, str) else given:
+    for word in words:
         try:
             scale = word if word == "learned" else f"{float(word):g}"
         except ValueError:
@@ -322,55 +308,43 @@ def check_rows_file(
         raise CalaError(f"--compare {path} has no column {missing[0]}; give a rows.csv that cala-ablation wrote")
 
 
-def split_choices(
-    flag: str,  # as typed
-    given: str | tuple,  # words with commas or blanks between them, or a tuple of words
-    choices: tuple,  # the words that exist
-) -> tuple:
-    "The words of a flag, each of which must be one of the choices."
-    words = tuple(given.lower().replace(",", " ").split()) if isinstance(given, str) else tuple(given)
+def check_words(
+    flag: str,  # for the error message
+    words: tuple[str, ...],  # its value
+    choices: tuple[str, ...],  # the words that exist
+):
+    "Raise `CalaError` unless every word of a flag is one of the choices."
     if not words or not set(words) <= set(choices):
-        raise CalaError(f"{flag} {given}: give some of {', '.join(choices)}")
-    return words
+        raise CalaError(f"{flag} {','.join(words)}: give some of {', '.join(choices)}")
 
 
 # The benchmark
 
 PARTS = ("steps", "optimizer", "ranking", "artemis", "loading", "circo", "epoch")
-CHOICES = dict(size=("small", "full"), precision=("no", "bf16"))  # flags with one value
-LISTS = dict(only=PARTS, modes=("both", "multi", "text"))  # flags with several values
 
 
 @dataclass
 class Benchmark:
     "What to measure, and on what."
 
-    size: str = "small"  # small: reduced shapes; full: BLIP-2's. Random weights both
-    batch_size: int = 4  # triplets a step
+    size: Literal["small", "full"] = "small"  # small: reduced shapes; full: BLIP-2's. Random weights both
+    batch_size: int = number(4, least=1)  # triplets a step
     device: str | None = None  # cpu, cuda ...; None: a GPU if there is one
-    precision: str = "no"  # no (float32) or bf16 (autocast, and the trunk)
-    repeats: int = 3  # of each measurement, after a warm-up; the median counts
+    precision: Literal["no", "bf16"] = "no"  # no (float32) or bf16 (autocast, and the trunk)
+    repeats: int = number(3, least=1)  # of each measurement, after a warm-up; the median counts
     modes: tuple[str, ...] = ("both", "multi")  # of --encoder: both, multi, text
     only: tuple[str, ...] = PARTS[:-2]  # some of the parts, separated by commas; circo and epoch take longest
-    triplets: int = 60  # of the epoch's training split; validation has CIRR's share of that
+    triplets: int = number(60, least=1)  # of the epoch's training split; validation has CIRR's share of that
     seed: int = 0  # of weights, world and features
     gpu: bool = False  # instead, all checks and measurements for a GPU, in under eight minutes
     dry: bool = False  # with --gpu: the same on the CPU at reduced shapes
     output: str = "benchmark"  # folder of benchmark.json, benchmark.csv and benchmark.png; with --gpu of gpu.json
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise CalaError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
-        for name, choices in LISTS.items():
-            value = getattr(self, name)
-            values = value.replace(",", " ").split() if isinstance(value, str) else value
-            if not values or not set(values) <= set(choices):
-                raise CalaError(f"--{name} {','.join(values)}: give some of {', '.join(choices)}")
-            setattr(self, name, tuple(values))
-        for name in ("batch_size", "repeats", "triplets"):
-            if getattr(self, name) < 1:
-                raise CalaError(f"{spell_flag(name)} {getattr(self, name)}: give 1 or more")
+        check_fields(self)
+        self.modes, self.only = split_words(self.modes), split_words(self.only)
+        check_words("--modes", self.modes, ("both", "multi", "text"))
+        check_words("--only", self.only, PARTS)
         if self.dry and not self.gpu:
             raise CalaError("--dry belongs to --gpu; give both")
 

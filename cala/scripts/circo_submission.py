@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
+from ..library.flags import check_file_name
 
 # %% ../../nbs/commands/circo_submission.ipynb #0da6cd7c
 FILES = "circo_*.json", "*_facts.json"
@@ -35,21 +35,19 @@ def main(
     "Write and check the file that the CIRCO server takes."
     from cala.library import circo
     from cala.library import loading
-    from cala.library.files import check_output_folder
-    from cala.library.files import lock_folder
+    from cala.library.files import lock_output
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
 
     name = flags.submission_name
-    if not name or set(name) & set("/\\\0"):
-        raise CalaError(f"--submission-name {name!r}: give a plain file name")
+    check_file_name("--submission-name", name)
     flags = loading.fill_flags(flags)
     options = dict(shared_concept=flags.shared_concept, follow_links=flags.follow_links)
     data = circo.CIRCO(flags.data_root, flags.split, **options)
     data.require_pictures()
     circo.check_circo_submittable(data)
-    with lock_folder(check_output_folder(flags.output, FILES)) as folder:
+    with lock_output(flags.output, FILES) as folder:
         model = loading.build_model(flags)
         loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)

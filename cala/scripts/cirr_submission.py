@@ -14,6 +14,7 @@ from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
 from ..library.flags import RerankFlags
+from ..library.flags import check_file_name
 
 # %% ../../nbs/commands/cirr_submission.ipynb #e893bab8
 FILES = "recall_submission_*.json", "recall_subset_submission_*.json", "*_facts.json"
@@ -36,8 +37,7 @@ def main(
     from cala.data import CIRR
     from cala.library import loading
     from cala.library import submission
-    from cala.library.files import check_output_folder
-    from cala.library.files import lock_folder
+    from cala.library.files import lock_output
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
@@ -45,15 +45,14 @@ def main(
     from cala.rerank import Reranker
 
     name = flags.submission_name
-    if not name or set(name) & set("/\\\0"):
-        raise CalaError(f"--submission-name {name!r}: give a plain file name")
+    check_file_name("--submission-name", name)
     if flags.rerank is not None and flags.rerank_weight is None:
         raise CalaError(f"--rerank {flags.rerank} needs --rerank-weight; cala-validate --rerank chooses one on val")
     flags = loading.fill_flags(flags)
     data = submission.check_submittable(
         CIRR(flags.data_root, flags.split, follow_links=flags.follow_links).require_pictures()
     )
-    with lock_folder(check_output_folder(flags.output, FILES)) as folder:
+    with lock_output(flags.output, FILES) as folder:
         model = loading.build_model(flags)
         loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)

@@ -9,8 +9,7 @@ __all__ = ['main']
 from pathlib import Path
 
 from ..library.cli import command
-from ..library.files import check_output_folder
-from ..library.files import lock_folder
+from ..library.files import lock_output
 from ..library.flags import CombinerRecipe
 from ..library.flags import check_combiner_recipe
 
@@ -30,9 +29,7 @@ def main(
     check_combiner_recipe(recipe)
     train, val = open_splits(recipe)
     folder = Path(recipe.output or f"runs/{val.name}-combiner")
-    check_output_folder(folder)
-    with lock_folder(folder):
-        check_output_folder(folder)  # another run may have used it between the first check and the lock
+    with lock_output(folder):
         model = make_combiner_model(recipe)
         transform = model.backbone.transform(recipe.transform, recipe.target_ratio)
         train.gallery.transform = transform

@@ -11,11 +11,10 @@ from typing import Literal
 
 from ..errors import CalaError
 from ..library.cli import command
-from ..library.flags import check_least
-from ..library.flags import check_rates
 from ..library.report import write_report
-from ..recipe import CACHES
 from ..recipe import CacheName
+from ..recipe import check_fields
+from ..recipe import number
 
 # %% ../../nbs/commands/demo.ipynb #4319de19
 @dataclass
@@ -25,25 +24,20 @@ class Demo:
     world: Literal["cirr", "fashioniq"] = "cirr"  # cirr or fashioniq
     rows: Literal["main", "all"] = "main"  # main: QTM and CaLa (ours); all: also QTM at scale 100 and CaLa (paper)
     output: str = "demo"  # folder of data, runs, table and report; one subfolder a world
-    size: int = 1800  # groups of six scenes to train on; for fashioniq, triplets a category
-    width: int = 96  # d of the tiny backbone
-    stage1_steps: int = 550  # of image-text contrast
-    epochs: int = 4  # of stage 2
-    batch_size: int = 128  # of both stages
-    stage1_rate: float = 1.5e-3  # learning rate of stage 1
-    learning_rate: float = 2e-3  # learning rate of stage 2
-    seed: int = 0  # random seed of world, weights and order
-    threads: int = 1  # torch threads of each process
+    size: int = number(1800, least=1)  # groups of six scenes to train on; for fashioniq, triplets a category
+    width: int = number(96, least=4)  # d of the tiny backbone
+    stage1_steps: int = number(550, least=1)  # of image-text contrast
+    epochs: int = number(4, least=1)  # of stage 2
+    batch_size: int = number(128, least=1)  # of both stages
+    stage1_rate: float = number(1.5e-3, above=0)  # learning rate of stage 1
+    learning_rate: float = number(2e-3, above=0)  # learning rate of stage 2
+    seed: int = number(0, least=0)  # random seed of world, weights and order
+    threads: int = number(1, least=1)  # torch threads of each process
     cache: CacheName = "tokens"  # of all runs: off, tokens or auto, as for cala-train
     report: bool = True  # write report.html
 
     def __post_init__(self):
-        choices = dict(world=("cirr", "fashioniq"), rows=("main", "all"), cache=CACHES)
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise CalaError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
-        check_least(self, dict(size=1, width=4, stage1_steps=1, epochs=1, batch_size=1, seed=0, threads=1))
-        check_rates(self, "stage1_rate", "learning_rate")
+        check_fields(self)
         if self.width % 4:
             raise CalaError(f"--width {self.width}: the tiny backbone has four heads; give a multiple of 4")
 

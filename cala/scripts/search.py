@@ -8,15 +8,14 @@ __all__ = ['Search', 'main']
 # %% ../../nbs/commands/search.ipynb #0b3eff21
 from dataclasses import dataclass
 from typing import Any
-from typing import ClassVar
 
 from ..library.cli import command
-from ..library.flags import ModelFlags
+from ..library.flags import PictureFlags
 from ..library.flags import RerankFlags
 
 # %% ../../nbs/commands/search.ipynb #db8556e6
 @dataclass
-class Search(RerankFlags, ModelFlags):
+class Search(RerankFlags, PictureFlags):
     "Search a folder of pictures with a picture, a sentence, or both."
 
     pictures: str = "."  # folder to search, with all folders below it
@@ -27,16 +26,6 @@ class Search(RerankFlags, ModelFlags):
     rebuild: bool = False  # make the index again from nothing
     json: bool = False  # print JSON and nothing else
     grid: str | None = None  # also draw the answers: a .png, .svg or .html file
-    transform: str | None = None  # targetpad, squarepad, plain, clip; None: the checkpoint's, or targetpad
-    target_ratio: float | None = None  # target pad: pad only pictures longer than this; None: the checkpoint's, or 1.25
-    batch_size: int = 64  # pictures at a time
-    num_workers: int = 0  # processes that decode pictures
-    device: str | None = None  # cpu, cuda, cuda:1 ...; None: a GPU if there is one
-
-    # Not flags: an index holds float32 features, and no tokens are kept.
-    precision: ClassVar[str] = "no"
-    cache: ClassVar[str] = "off"
-    cache_dtype: ClassVar[str] = "auto"
 
 
 @command

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from ..library.cli import Words
 from ..library.cli import command
 from ..library.flags import DataFlags
 from ..library.flags import RerankFlags
+from ..recipe import CATEGORIES
 
 # %% ../../nbs/commands/validate.ipynb #b4bcae86
 @dataclass
@@ -22,7 +22,7 @@ class Validation(RerankFlags, DataFlags):
 
     dataset: str | None = None  # CIRR, FashionIQ or CIRCO, in any case; None: the checkpoint's
     protocol: str = "original"  # FashionIQ's gallery: original (the split file) or val (references and targets)
-    categories: Words = "dress,shirt,toptee"  # FashionIQ: which, separated by commas or spaces
+    categories: tuple[str, ...] = CATEGORIES  # FashionIQ: which, separated by commas or spaces
     split: Literal["val", "train"] = "val"  # train: the recall on what a model was trained on
     gallery: Literal["split", "all"] = "split"  # whose pictures are ranked: of the split, or of all splits together
     text_form: Literal["both", "reversed", "first", "second", "comma", "sentences"] = "both"  # of FashionIQ
@@ -39,13 +39,12 @@ def main(
     from cala.library import loading
     from cala.library import needs
     from cala.library import results
-    from cala.library.files import check_output_folder
-    from cala.library.files import lock_folder
+    from cala.library.files import lock_output
 
     start = perf_counter()
     flags = loading.fill_flags(flags)
     data = loading.open_split(flags, flags.split).require_pictures(flags.allow_missing)
-    with lock_folder(check_output_folder(flags.output, results.RESULT_FILES)) as folder:
+    with lock_output(flags.output, results.RESULT_FILES) as folder:
         model = loading.build_model(flags)
         loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)

@@ -8,6 +8,7 @@ leaves the remainder i when divided by n, so that no two processes write the sam
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +26,7 @@ from ...errors import CalaError
 from ...errors import is_or_are
 from ...progress import show_progress
 from ...retrieval import evaluating
+from ..cli import one_line
 from ..files import FileMark
 from ..files import mark_file
 from .files import OTHER_FOLDER
@@ -44,48 +46,33 @@ from .files import write_description
 # Pictures and the rows that a module computes from them
 
 
+@dataclass
 class GalleryRows(Dataset):
-    "Rows of a gallery: (row, mark of its picture, picture), or (row, None, message) if the picture cannot be read."
+    "Rows of a gallery: the number of a row, the mark of its picture, and the picture or its tokens."
 
-    def __init__(
-        self,
-        gallery: Gallery,
-        rows: list[int],
-        tokens: Any = None,  # a TokenCache to read instead of pictures
-    ):
-        self.gallery, self.rows, self.tokens = gallery, rows, tokens
+    gallery: Gallery
+    rows: list[int]
+    tokens: Any = None  # a TokenCache to read instead of pictures
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[int, FileMark | None, torch.Tensor | str]:
+    def __getitem__(self, i: int) -> tuple[int, FileMark, torch.Tensor]:
         row = self.rows[i]
-        try:
-            if self.tokens is None:
-                return row, mark_file(self.gallery.paths[row]), self.gallery[row]
+        if self.tokens is not None:
             return row, self.tokens.mark(row), self.tokens[row]
-        except (CalaError, OSError) as error:  # a message, because an exception would bring a worker's traceback along
-            return row, None, str(error)
-
-
-class RowBatch(NamedTuple):
-    "Some rows of a gallery."
-
-    rows: list[int]
-    marks: list[FileMark]
-    inputs: torch.Tensor  # (B, 3, H, W) pictures, or (B, N, w) tokens
-    error: str = ""  # the first picture that cannot be read; the other fields are empty then
+        try:
+            return row, mark_file(self.gallery.paths[row]), self.gallery[row]
+        except OSError as error:
+            raise CalaError(str(error)) from error
 
 
 def collate_rows(
     items: list[tuple],  # from `GalleryRows`
-) -> RowBatch:
+) -> tuple[tuple, tuple, torch.Tensor]:  # rows; their marks; (B, 3, H, W) pictures, or (B, N, w) tokens
     "One batch of rows."
-    for _, mark, message in items:
-        if mark is None:
-            return RowBatch([], [], torch.empty(0), message)
     rows, marks, inputs = zip(*items, strict=True)
-    return RowBatch(list(rows), list(marks), torch.stack(inputs))
+    return rows, marks, torch.stack(inputs)
 
 
 def run_trunk(
@@ -153,13 +140,14 @@ def format_seconds(
 def check_disk_space(
     place: Path,  # the folder of a cache, or a folder that will hold one
     size: int,  # bytes that will be written
-):
-    "`CalaError` if the disk has no room."
+) -> int:
+    "Bytes that are free on the disk; `CalaError` if they are not enough."
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
         needed, left = format_bytes(size), format_bytes(free)
         raise CalaError(f"the cache needs {needed}, {existing} has {left} free; {OTHER_FOLDER}, or use float16")
+    return free
 
 
 # Several processes
@@ -189,11 +177,9 @@ def run_on_all_processes(
     try:
         work()
     except CalaError as raised:
-        error = raised
-    _, count = process_index_and_count()
-    errors: list[CalaError | None] = [error]
-    if count > 1:
-        errors = [None] * count
+        error = CalaError(one_line(raised))  # without the traceback that a loader worker brings along
+    errors: list[CalaError | None] = [error] * process_index_and_count()[1]
+    if len(errors) > 1:
         distributed.all_gather_object(errors, error)
     for each in errors:
         if each is not None:
@@ -203,50 +189,41 @@ def run_on_all_processes(
 # The build
 
 
+@dataclass
 class CacheBuild:
     "The work that is left until a cache is complete. Nothing is written before `run`."
 
-    def __init__(
-        self,
-        module: nn.Module,  # frozen, on its device: pictures (B, 3, H, W) or tokens (B, N, w) -> (B, M, d)
-        gallery: Gallery,  # pictures with their transform
-        folder: str | Path,  # holds all caches
-        dtype: str = "float32",  # or float16
-        batch_size: int = 64,  # inputs of the module at a time
-        num_workers: int = 0,  # processes that decode
-        weights: str | None = None,  # `fingerprint(module)`, if it is known
-        tokens: Any = None,  # a TokenCache of the gallery that the module reads instead of pictures
-        trunk: nn.Module | None = None,  # in an estimate, makes these tokens while the cache is not there yet
-    ):
-        self.module, self.gallery, self.folder, self.dtype = module, gallery, folder, dtype
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.tokens, self.trunk = tokens, trunk
-        self.about = describe_cache(weights or fingerprint(module), gallery, dtype)
-        self.place = cache_place(folder, self.about)
-        self.rows = unfinished_rows(gallery, self.find_finished_rows())
+    module: nn.Module  # frozen, on its device: pictures (B, 3, H, W) or tokens (B, N, w) -> (B, M, d)
+    gallery: Gallery  # pictures with their transform
+    folder: str | Path  # holds all caches
+    dtype: str = "float32"  # or float16
+    batch_size: int = 64  # inputs of the module at a time
+    num_workers: int = 0  # processes that decode
+    weights: str | None = None  # `fingerprint(module)`, if it is known
+    tokens: Any = None  # a TokenCache of the gallery that the module reads instead of pictures
+    trunk: nn.Module | None = None  # in an estimate, makes these tokens while the cache is not there yet
+
+    def __post_init__(self):
+        gallery = self.gallery
+        self.about = describe_cache(self.weights or fingerprint(self.module), gallery, self.dtype)
+        self.place = cache_place(self.folder, self.about)
+        finished, errors = finished_rows(self.place)
+        for error in errors:
+            log_once(f"{error}: its pictures are computed again", logging.WARNING)
+        self.rows = unfinished_rows(gallery, finished)
         if self.rows and gallery.missing:
             count = f"{len(gallery.missing):,} of {len(gallery):,} pictures {is_or_are(len(gallery.missing))}"
             raise CalaError(f"{count} missing; cala-check lists what is missing")
 
-    def find_finished_rows(self) -> dict[int, FileMark]:
-        "The rows that are on disk, with the marks of their pictures; a damaged shard counts as absent."
-        finished, errors = finished_rows(self.place)
-        for error in errors:
-            log_once(f"{error}: its pictures are computed again", logging.WARNING)
-        return finished
-
     @cached_property
     def cost(self) -> Estimate:
         "Size and time, estimated from eight pictures."
-        sample = GalleryRows(self.gallery, self.rows[:8] or [0], self.tokens)
+        sample = GalleryRows(self.gallery, self.rows[:8], self.tokens)
         process, processes = process_index_and_count()
         with show_progress(None, "estimate", 3, "steps", is_hidden=process > 0, is_part=True) as bar:
             start = perf_counter()
-            batch = collate_rows([sample[i] for i in range(len(sample))])
+            inputs = torch.stack([sample[i][-1] for i in range(len(sample))])
             read_seconds = (perf_counter() - start) / len(sample)
-            if batch.error:
-                raise CalaError(batch.error)
-            inputs = batch.inputs
             if self.trunk is not None and self.tokens is None:
                 inputs, read_seconds = run_trunk(self.trunk, inputs, "float32"), 0.0
             bar.update()
@@ -263,13 +240,9 @@ class CacheBuild:
         shape = (len(self.gallery), *outputs.shape[1:])
         return Estimate(shape, outputs[0].nbytes, len(self.rows), seconds * len(self.rows) / processes)
 
-    def run(
-        self,
-        part: tuple[int, int]
-        | None = None,  # which part of how many; None: this process's, as torch.distributed has it
-    ):
+    def run(self):
         "Compute and write the rows of this process, a shard at a time."
-        index, count = part or process_index_and_count()
+        index, count = process_index_and_count()
         rows = [row for row in self.rows if shard_number(row) % count == index]
         if not rows:
             return
@@ -284,26 +257,22 @@ class CacheBuild:
             dataset, batch_sampler=list(shards.values()), collate_fn=collate_rows, num_workers=self.num_workers
         )
         with show_progress(None, "cache", len(rows), "pictures", is_hidden=index > 0) as bar:
-            for number, batch in zip(shards, loader, strict=True):
-                if batch.error:
-                    raise CalaError(batch.error)
-                outputs = run_trunk(self.module, batch.inputs, self.dtype, self.batch_size)
-                self._save(number, batch, outputs)
-                bar.update(len(batch.rows))
+            for new_rows, marks, inputs in loader:
+                self._save(new_rows, marks, run_trunk(self.module, inputs, self.dtype, self.batch_size))
+                bar.update(len(new_rows))
 
     def finish(self) -> Path:
         "Compute what is missing, on all processes together, and give the folder of the complete cache."
         run_on_all_processes(self.run)
         return find_cache(self.gallery, self.folder, self.about)
 
-    def _save(self, number, batch, outputs):
+    def _save(self, new_rows, marks, outputs):
         "Write a shard: the new rows, and the rows of the old file that are still good."
-        rows = shard_rows(number, len(self.gallery))
-        path = shard_path(self.place, number)
-        marks = batch.marks
-        if len(batch.rows) < len(rows):
+        number = shard_number(new_rows[0])
+        rows, path = shard_rows(number, len(self.gallery)), shard_path(self.place, number)
+        content = dict(zip(new_rows, zip(outputs, marks, strict=True), strict=True))
+        if len(content) < len(rows):
             old = Shard(path)
-            new = {row: (output, mark) for row, output, mark in zip(batch.rows, outputs, marks, strict=True)}
-            merged = [new[row] if row in new else (old.read_row(row), old.mark(row)) for row in rows]
-            outputs, marks = torch.stack([output for output, _ in merged]), [mark for _, mark in merged]
-        save_shard(path, outputs, marks)
+            content = {row: (old.read_row(row), old.marks[row]) for row in rows} | content
+        values, marks = zip(*content.values(), strict=True)
+        save_shard(path, torch.stack(values), marks)

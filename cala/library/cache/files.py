@@ -117,11 +117,9 @@ def explain_absence(
     for path in sorted(Path(folder).glob("*/about.json")):
         try:
             other = json.loads(path.read_text())
-        except (ValueError, RecursionError):
+            differences = [meaning for key, meaning in meanings.items() if other.get(key) != about[key]]
+        except (ValueError, RecursionError, AttributeError):  # no JSON, or no object
             continue
-        if not isinstance(other, dict):
-            continue
-        differences = [meaning for key, meaning in meanings.items() if other.get(key) != about[key]]
         if 0 < len(differences) < len(meanings):
             return f"{folder} holds tokens of {' and '.join(differences)}"
     return f"{folder} holds no tokens of these pictures"
@@ -164,29 +162,27 @@ class Shard:
     "One file of a cache: rows of shape (N, w), read from disk when asked for, with their marks and checksums."
 
     def __init__(self, path: Path):
+        self.path = path
         try:
             file = safe_open(path, "pt")
             header = file.metadata()
             self.values = file.get_slice("tokens")
             self.shape = tuple(self.values.get_shape())  # (pictures, N, w)
             self.first_row = int(path.stem) * SHARD
-            self.marks, self.checksums = [], []
-            for *mark, checksum in json.loads(header["marks"]):
-                self.marks.append(FileMark(*mark))
-                self.checksums.append(checksum)
+            self.marks, self.checksums = {}, {}  # by row
+            for row, (*mark, checksum) in enumerate(json.loads(header["marks"]), self.first_row):
+                self.marks[row] = FileMark(*mark)
+                self.checksums[row] = checksum
             if header["place"] != path.parent.name or len(self.shape) != 3 or len(self.marks) != self.shape[0]:
                 raise ValueError("it belongs to another cache")
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CalaError(f"{path} is damaged ({error}); delete it and build again") from None
 
+    def __reduce__(self):  # a worker process opens the file itself
+        return Shard, (self.path,)
+
     def read_row(self, row: int) -> torch.Tensor:
         return self.values[row - self.first_row].clone()  # a copy, because the slice is the file itself
-
-    def mark(self, row: int) -> FileMark:
-        return self.marks[row - self.first_row]
-
-    def checksum(self, row: int) -> int:
-        return self.checksums[row - self.first_row]
 
 
 def save_shard(
@@ -208,11 +204,9 @@ def finished_rows(
     finished, errors = {}, []
     for path in shard_paths(place):
         try:
-            shard = Shard(path)
+            finished |= Shard(path).marks
         except CalaError as error:
             errors.append(error)
-            continue
-        finished |= dict(enumerate(shard.marks, shard.first_row))
     return finished, errors
 
 

@@ -1,7 +1,6 @@
 """What cala-cache does: plan the caches of some splits, say what they cost, and only then build them."""
 
 from pathlib import Path
-from shutil import disk_usage
 from time import perf_counter
 from typing import NamedTuple
 
@@ -13,10 +12,11 @@ from ...data import Triplets
 from ...encoders import Backbone
 from ...model import CaLa
 from ...recipe import Recipe
-from ...training import make_model
+from ...recipe import split_words
 from ...training import open_split
 from ..checkpoint import load_checkpoint
 from ..checkpoint import read_recipe
+from ..run import open_model
 from . import TargetCache
 from . import TargetSide
 from . import TokenCache
@@ -45,8 +45,7 @@ def load_model(
 ) -> CaLa:
     "The model whose frozen modules are cached."
     if not checkpoint:
-        (data,) = open_split(recipe, "train")
-        return make_model(recipe, [text for triplet in data.triplets for text in triplet.captions])
+        return open_model(recipe)
     saved = read_recipe(checkpoint)["recipe"]
     for key in ("transform", "target_ratio", "encoder"):
         setattr(recipe, key, saved.get(key) or getattr(recipe, key))
@@ -58,14 +57,12 @@ def load_model(
 
 def open_splits(
     recipe: Recipe,
-    splits: str,  # separated by commas: train, val, test1 (CIRR), test (FashionIQ)
+    splits: str | tuple[str, ...],  # train, val, test1 (CIRR), test (FashionIQ)
     backbone: Backbone,
 ) -> list[Triplets]:
     "The data sets of all splits; FashionIQ has one for each category except in train."
     transform = backbone.transform(recipe.transform, recipe.target_ratio)
-    datasets = []
-    for split in splits.replace(",", " ").split():
-        datasets += open_split(recipe, split, transform)
+    datasets = [data for split in split_words(splits) for data in open_split(recipe, split, transform)]
     for data in datasets:
         data.require_pictures(recipe.allow_missing)
     return datasets
@@ -109,13 +106,12 @@ def make_table(
     rows = []
     for job in jobs:
         build = job.build
-        row = dict(gallery=name_gallery(job.dataset), cache=job.kind, pictures=f"{len(job.dataset.gallery):,}")
-        row |= dict(to_do=f"{len(build.rows):,}", each="complete", format=build.dtype, size="", time="")
+        each, size, duration = "complete", "", ""
         if build.rows:  # of a complete cache no cost is measured
-            cost = build.cost
-            row["each"] = " x ".join(f"{n:,}" for n in cost.shape[1:])
-            row |= dict(size=format_bytes(cost.total_bytes), time=format_seconds(cost.seconds))
-        rows.append(row)
+            each = " x ".join(f"{n:,}" for n in build.cost.shape[1:])
+            size, duration = format_bytes(build.cost.total_bytes), format_seconds(build.cost.seconds)
+        row = dict(gallery=name_gallery(job.dataset), cache=job.kind, pictures=f"{len(build.gallery):,}")
+        rows.append(row | dict(to_do=f"{len(build.rows):,}", each=each, format=build.dtype, size=size, time=duration))
     return pd.DataFrame(rows)
 
 
@@ -128,31 +124,29 @@ def describe_total(
     if not costs:
         return f"all caches are complete, in {folder}"
     size = sum(cost.bytes_to_write for cost in costs)
-    check_disk_space(folder, size)
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free, duration = format_bytes(disk_usage(existing).free), format_seconds(sum(cost.seconds for cost in costs))
-    return f"{format_bytes(size)} to write into {folder} ({free} free), about {duration}"
+    free, duration = check_disk_space(folder, size), format_seconds(sum(cost.seconds for cost in costs))
+    return f"{format_bytes(size)} to write into {folder} ({format_bytes(free)} free), about {duration}"
 
 
 def build_jobs(
     jobs: list[Job],
 ) -> list[TokenCache]:
     "Build what is missing, and open all of it."
-    tokens, caches = {}, []  # tokens: by data set, to make its targets from
+    tokens, caches = {}, []  # tokens: by the names of the gallery, to make its targets from
     for _, data, side, build in jobs:
-        names = data.gallery.names
+        names = tuple(data.gallery.names)
         if side is None:
-            tokens[id(data)] = TokenCache(build.finish(), names)
-            caches.append(tokens[id(data)])
+            cache = tokens[names] = TokenCache(build.finish(), names)
         else:
-            build.tokens = tokens[id(data)]
-            caches.append(TargetCache(build.finish(), names, side.extra_feature))
+            build.tokens = tokens[names]
+            cache = TargetCache(build.finish(), names, side.extra_feature)
+        caches.append(cache)
     return caches
 
 
 def prepare_caches(
     recipe: Recipe,  # a run that will read the caches
-    splits: str,  # as for `open_splits`
+    splits: str | tuple[str, ...],  # as for `open_splits`
     checkpoint: str | None = None,  # as for `load_model`
     dry_run: bool = False,  # print what it would cost, build nothing
     verify: bool = False,  # read all of it again at the end and compare with checksums

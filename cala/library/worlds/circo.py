@@ -7,17 +7,15 @@ __all__ = ['OPEN_SENTENCES', 'EDIT_ASPECTS', 'ANSWERS', 'NEIGHBOURS', 'OpenEdit'
            'name_concept', 'draw_family', 'draw_edits', 'draw_circo']
 
 # %% ../../../nbs/library/worlds/circo.ipynb #7fd476c4
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from .files import check_number
+from .files import check_numbers
 from .files import draw_once
 from .files import write_json
 from .scenes import COLOURS
 from .scenes import EDIT_KINDS
-from .scenes import PLACES
 from .scenes import Edit
 from .scenes import Thing
 from .scenes import difference
@@ -88,8 +86,7 @@ def name_concept(
     scene: tuple[Thing, ...],  # the reference
 ) -> str:  # such as "a large red star and a small blue circle"
     "What the reference and all answers have in common: the things that the edit leaves as they are."
-    things = [thing for thing in scene if thing != edit.thing]
-    return " and ".join(f"a {thing.size} {thing.colour} {thing.shape}" for thing in things)
+    return " and ".join(f"a {thing.look}" for thing in scene if thing != edit.thing)
 
 # %% ../../../nbs/library/worlds/circo.ipynb #e9cf6759
 ANSWERS = 8  # of a family, at most
@@ -108,29 +105,28 @@ def draw_family(
             continue
         edit = random_open_edit(reference, rng)
         wanted = rng.randint(2, ANSWERS)  # where there are as many
-        answers = list(draw_edits(reference, (edit.kind,), edit, True, wanted, rng, seen))
-    seen.update([reference, *answers])
-    return edit, [reference, *answers, *draw_edits(reference, EDIT_KINDS, edit, False, NEIGHBOURS, rng, seen)]
+        answers = draw_edits(reference, edit, True, wanted, rng, seen)
+    seen.add(reference)
+    return edit, [reference, *answers, *draw_edits(reference, edit, False, NEIGHBOURS, rng, seen)]
 
 
 def draw_edits(
     reference: tuple[Thing, ...],
-    kinds: tuple[str, ...],  # of the edits
     edit: OpenEdit,
     fits: bool,  # whether the scenes shall answer the open edit
     count: int,  # scenes, at most; there may be fewer
     rng: Random,
     seen: set,  # scenes that must not be drawn again; new ones are added
-) -> Iterator[tuple[Thing, ...]]:
+) -> list[tuple[Thing, ...]]:
     "Different scenes that are one edit away from the reference."
-    for _ in range(12 * count):  # attempts
-        if count == 0:
-            return
+    kinds, scenes, attempts = (edit.kind,) if fits else EDIT_KINDS, [], 12 * count
+    while len(scenes) < count and attempts:
+        attempts -= 1
         scene = edit_scene(reference, rng.choice(kinds), rng)
         if scene is not None and scene not in seen and edit.fits(difference(reference, scene)) == fits:
             seen.add(scene)
-            count -= 1
-            yield scene
+            scenes.append(scene)
+    return scenes
 
 # %% ../../../nbs/library/worlds/circo.ipynb #6ce5833f
 def _draw_families(folder, record):
@@ -180,9 +176,7 @@ def _draw_world(folder, record):
     images = [dict(id=n, file_name=f"{n:012}.png", width=size, height=size) for n in sorted(ids.values())]
     gallery_file = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     write_json(folder / gallery_file, dict(info=dict(description="drawn by cala"), images=images))
-    about = {}
-    for scene, number in ids.items():
-        about[str(number)] = [dict(thing._asdict(), place=PLACES[thing.cell]) for thing in scene]
+    about = {str(number): [thing.describe() for thing in scene] for scene, number in ids.items()}
     write_json(folder / "drawn/scenes.json", about)
 
 # %% ../../../nbs/library/worlds/circo.ipynb #57eed914
@@ -194,12 +188,6 @@ def draw_circo(
     seed: int = 0,  # random seed; another seed draws another world
 ) -> Path:  # the folder CIRCO
     "Draw the CIRCO world in the published layout, unless it is there already; `CalaError` if something else is."
-    record = dict(
-        world="circo",
-        version=1,
-        val=check_number("val", val, 1, 1000),
-        test=check_number("test", test, 1, 1000),
-        size=check_number("size", size, 24, 512),
-        seed=check_number("seed", seed, -(2**63), 2**63),
-    )
+    record = dict(world="circo", version=1, val=val, test=test, size=size, seed=seed)
+    check_numbers(record, val=(1, 1000), test=(1, 1000))
     return draw_once(Path(root) / "CIRCO", record, _draw_world)

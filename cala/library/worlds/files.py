@@ -76,6 +76,15 @@ def write_json(
     path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
 
 
+def check_numbers(
+    record: dict,  # of a world; changed in place: its numbers become ints
+    **limits: tuple[int, int],  # name of a number -> the smallest and the largest value
+):
+    "`CalaError` for the first number of a world that cannot be drawn."
+    for name, (low, high) in dict(limits, size=(24, 512), seed=(-(2**63), 2**63)).items():
+        record[name] = check_number(name, record[name], low, high)
+
+
 def check_number(
     name: str,  # of the argument, for the error message
     value: Any,  # what the caller passed

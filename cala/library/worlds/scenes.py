@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'SIZES', 'COLOURS', 'PLACES', 'OUTLINES', 'RADII', 'EDIT_KINDS', 'EASY', 'HARD', 'SENTENCES', 'Thing',
-           'make_scene', 'random_thing', 'random_scene', 'scene_picture', 'Edit', 'difference', 'edit_scene',
+           'make_scene', 'random_thing', 'random_scene', 'scene_picture', 'Edit', 'changes', 'difference', 'edit_scene',
            'Difficulty', 'random_edit', 'draw_group', 'name_thing', 'say_edit', 'scene_captions', 'draw_cirr']
 
 # %% ../../../nbs/library/worlds/scenes.ipynb #6de65fe8
@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import combinations
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from PIL import Image
 from PIL import ImageDraw
 
 from .files import check_number
+from .files import check_numbers
 from .files import draw_once
 from .files import write_json
 from ...progress import show_progress
@@ -45,6 +48,15 @@ class Thing(NamedTuple):
     shape: str
     colour: str
     size: str
+
+    @property
+    def look(self) -> str:
+        "Such as `large red star`."
+        return f"{self.size} {self.colour} {self.shape}"
+
+    def describe(self) -> dict:
+        "Its fields, and its place in words."
+        return dict(self._asdict(), place=PLACES[self.cell])
 
 
 def make_scene(
@@ -146,6 +158,14 @@ class Edit(NamedTuple):
         return thing
 
 
+def changes(
+    before: NamedTuple,
+    after: NamedTuple,  # of the same class
+) -> list[str]:
+    "The fields in which two of a kind differ."
+    return [field for field in before._fields if getattr(before, field) != getattr(after, field)]
+
+
 def difference(
     reference: tuple[Thing, ...],  # a scene
     target: tuple[Thing, ...],  # another scene
@@ -159,7 +179,7 @@ def difference(
         return Edit("add", None, added[0])
     if len(removed) != 1 or len(added) != 1:
         return None
-    fields = [field for field in Thing._fields if getattr(removed[0], field) != getattr(added[0], field)]
+    fields = changes(removed[0], added[0])
     if len(fields) != 1:
         return None
     return Edit("move" if fields == ["cell"] else fields[0], removed[0], added[0])
@@ -198,7 +218,7 @@ EASY, HARD = Difficulty((2, 3), edits=1), Difficulty((3, 6), edits=2)
 def random_edit(
     scene: tuple[Thing, ...],
     rng: Random,
-    counts: tuple[int, int] = (2, 3),  # fewest and most things
+    counts: tuple[int, int],  # fewest and most things
 ) -> tuple[Thing, ...] | None:
     "The scene after an edit of a random kind; None if the result is not a scene."
     kind = rng.choice(EDIT_KINDS)
@@ -241,8 +261,8 @@ def name_thing(
     choices = []
     for count in (1, 2, 3):
         for attributes in combinations(("size", "colour", "shape"), count):
-            fitting = [each for each in scene if all(getattr(each, a) == getattr(thing, a) for a in attributes)]
-            if len(fitting) == 1:
+            read = attrgetter(*attributes)
+            if [read(each) for each in scene].count(read(thing)) == 1:
                 choices.append(attributes)
         if choices:
             break
@@ -300,9 +320,8 @@ def say_edit(
     rng: Random,
 ) -> str:
     "A modification text that leads from a scene by an edit to one scene and no other."
-    thing = edit.thing
-    words = dict(thing._asdict(), place=PLACES[thing.cell], new=f"a {thing.size} {thing.colour} {thing.shape}")
-    words["larger"] = rng.choice(("larger", "bigger")) if thing.size == "large" else "smaller"
+    words = edit.thing.describe() | dict(new=f"a {edit.thing.look}")
+    words["larger"] = rng.choice(("larger", "bigger")) if edit.thing.size == "large" else "smaller"
     words["it"] = name_thing(edit.before, scene, rng) if edit.before else ""
     return rng.choice(SENTENCES[edit.kind]).format(**words)
 
@@ -324,32 +343,11 @@ def scene_captions(
     "Captions, each of which names colour, size, shape and place of every thing."
     captions = []
     for words, start in [("{0} {1}", ""), *rng.sample(_CAPTIONS, count - 1)]:
-        things = [
-            words.format(f"{thing.size} {thing.colour} {thing.shape}", PLACES[thing.cell])
-            for thing in rng.sample(scene, len(scene))
-        ]
+        things = [words.format(thing.look, PLACES[thing.cell]) for thing in rng.sample(scene, len(scene))]
         captions.append(start + ", ".join(things[:-1]) + " and " + things[-1])
     return captions
 
 # %% ../../../nbs/library/worlds/scenes.ipynb #e9da26ce
-def _list_edits(path):
-    "The edits that lead along some scenes, each with the scene before it."
-    edits = [(difference(before, after), before) for before, after in zip(path, path[1:])]
-    return [(edit, scene) for edit, scene in edits if edit is not None]
-
-
-def _make_row(pair_id, group_id, group, names, path, reference, target, rng):
-    "A row of the captions file; `reference` and `target` number the members."
-    return dict(
-        pairid=pair_id,
-        reference=names[reference],
-        target_hard=names[target],
-        target_soft={names[target]: 1.0},
-        caption=" and ".join(say_edit(edit, scene, rng) for edit, scene in _list_edits(path)),
-        img_set=dict(id=group_id, members=group, reference_rank=reference, target_rank=target),
-    )
-
-
 def _save_group(folder, prefix, number, members, size):
     "Save six scenes as pictures; returns name -> file, as the split file spells it."
     inside = f"./train/{number % 100}" if prefix == "train" else f"./{prefix}"
@@ -362,20 +360,11 @@ def _save_group(folder, prefix, number, members, size):
     return files
 
 
-def _hide_targets(rows):
-    "Take the targets out of the rows of test1; returns pair id -> target."
-    answers = {}
-    for row in rows:
-        answers[str(row["pairid"])] = row.pop("target_hard")
-        del row["target_soft"], row["img_set"]["target_rank"]
-    return answers
-
-
-def _draw_split(folder, split, groups, record, first_id, rng, seen):
+def _draw_split(folder, split, record, first_id, seen):
     "Draw the pictures of one split and write its annotations."
-    prefix = "dev" if split == "val" else split
+    rng, prefix = Random(f"cirr {split} {record['seed']}"), "dev" if split == "val" else split
     rows, files, scenes, kinds = [], {}, {}, {}
-    for number in show_progress(range(groups), f"draw {split}", unit="groups", is_part=True):
+    for number in show_progress(range(record[split]), f"draw {split}", unit="groups", is_part=True):
         members, edges = draw_group(rng, seen, HARD if record.get("hard") else EASY)
         group_files = _save_group(folder, prefix, number, members, record["size"])
         names = list(group_files)
@@ -384,15 +373,24 @@ def _draw_split(folder, split, groups, record, first_id, rng, seen):
         group = rng.sample(names, 6)
         directed_edges = edges + [(new, old, path[::-1]) for old, new, path in edges]
         for reference, target, path in rng.sample(directed_edges, record["pairs"]):
-            pair_id = first_id + len(rows)
-            rows.append(_make_row(pair_id, number, group, names, path, reference, target, rng))
-            kinds[str(pair_id)] = " + ".join(edit.kind for edit, _ in _list_edits(path))
+            edits = [(edit, before) for before, after in pairwise(path) if (edit := difference(before, after))]
+            row = dict(
+                pairid=first_id + len(rows),
+                reference=names[reference],
+                target_hard=names[target],
+                target_soft={names[target]: 1.0},
+                caption=" and ".join(say_edit(edit, scene, rng) for edit, scene in edits),
+                img_set=dict(id=number, members=group, reference_rank=reference, target_rank=target),
+            )
+            rows.append(row)
+            kinds[str(row["pairid"])] = " + ".join(edit.kind for edit, _ in edits)
     about = {}
     for name, scene in scenes.items():
-        things = [dict(thing._asdict(), place=PLACES[thing.cell]) for thing in scene]
-        about[name] = dict(captions=scene_captions(scene, rng), objects=things)
+        about[name] = dict(captions=scene_captions(scene, rng), objects=[thing.describe() for thing in scene])
     if split == "test1":
-        write_json(folder / "drawn/answers.test1.json", _hide_targets(rows))
+        write_json(folder / "drawn/answers.test1.json", {str(row["pairid"]): row["target_hard"] for row in rows})
+        for row in rows:
+            del row["target_hard"], row["target_soft"], row["img_set"]["target_rank"]
     write_json(folder / f"drawn/scenes.{split}.json", about)
     write_json(folder / f"drawn/edits.{split}.json", kinds)
     write_json(folder / f"cirr/captions/cap.rc2.{split}.json", rows)
@@ -403,8 +401,7 @@ def _draw_splits(folder, record):
     "Draw the world that the record describes."
     seen, first_id = set(), 0
     for split in ("val", "test1", "train"):
-        rng = Random(f"cirr {split} {record['seed']}")
-        _draw_split(folder, split, record[split], record, first_id, rng, seen)
+        _draw_split(folder, split, record, first_id, seen)
         first_id += record[split] * record["pairs"]
 
 # %% ../../../nbs/library/worlds/scenes.ipynb #bf35bf02
@@ -419,17 +416,10 @@ def draw_cirr(
     hard: bool = False,  # three to six things in a scene, and two edits in a sentence
 ) -> Path:  # the folder cirr_dataset
     "Draw the CIRR world in the published layout, unless it is there already; `CalaError` if something else is."
-    counts = dict(val=val, test1=test1, train=train)
-    counts = {name: check_number(name, count, 0, 100_000) for name, count in counts.items()}
-    check_number("train + val + test1", sum(counts.values()), 1, 100_000)
-    record = dict(
-        world="cirr",
-        version=3,
-        **counts,
-        pairs=check_number("pairs", pairs, 1, 10),
-        size=check_number("size", size, 24, 512),
-        seed=check_number("seed", seed, -(2**63), 2**63),
-    )
+    record = dict(world="cirr", version=3, val=val, test1=test1, train=train, pairs=pairs, size=size, seed=seed)
+    groups = (0, 100_000)
+    check_numbers(record, val=groups, test1=groups, train=groups, pairs=(1, 10))
+    check_number("train + val + test1", train + val + test1, 1, 100_000)
     if hard:
         record["hard"] = True
     return draw_once(Path(root) / "cirr_dataset", record, _draw_splits)
