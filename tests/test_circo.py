@@ -15,6 +15,7 @@ from PIL import Image
 
 from cala.composition import make_frame
 from cala.errors import CalaError
+from cala.errors import count_things
 from cala.library.audit import audit
 from cala.library.checkpoint import save_checkpoint
 from cala.library.circo import CIRCO
@@ -22,9 +23,9 @@ from cala.library.circo import CIRCO_AT
 from cala.library.circo import GALLERY_FILE
 from cala.library.circo import PICTURE_FOLDER
 from cala.library.circo import average_precision
+from cala.library.circo import check_circo_submittable
 from cala.library.circo import circo_baselines
 from cala.library.circo import circo_metrics
-from cala.library.circo import evaluate_circo
 from cala.library.circo import find_circo_faults
 from cala.library.circo import measure_circo
 from cala.library.circo import place_truths
@@ -231,6 +232,9 @@ def test_without_missing_pictures_no_query_has_lost_a_truth(root, tmp_path):
     with pytest.warns(UserWarning, match="left out"):
         rest = CIRCO(folder, "val", allow_missing=True)
     assert query.pair_id not in [each.pair_id for each in rest.triplets]
+    lost = count_things(rest.left_out["queries"], "query was", "queries were")
+    with pytest.raises(CalaError, match=f"^{lost} left out, and a submission answers all of them"):
+        check_circo_submittable(rest)
     assert (
         len(rest) + rest.left_out["queries"] == 20 and rest.truths.max() < len(rest.gallery) == len(whole.gallery) - 1
     )
@@ -331,7 +335,7 @@ def test_parts_of_the_table_give_what_the_whole_does_for_every_frame(root, frame
     assert {key: whole[key] for key in expected} == pytest.approx(expected, abs=1e-3)
     parts = rank_circo(model.frame, embedded, data.truths, held=3 * len(data.gallery))
     assert torch.equal(parts.higher, rank_circo(model.frame, embedded, data.truths).higher)
-    assert evaluate_circo(model, data, progress=False) == pytest.approx(dict(whole), abs=1e-3)
+    assert data.evaluate(model, progress=False) == pytest.approx(dict(whole), abs=1e-3)
     assert whole.ranks["ap_at10"].mean() * 100 == pytest.approx(whole["map_at10"], abs=1e-4)
     assert 100 * (whole.ranks["rank"] <= 10).mean() == pytest.approx(whole["recall_at10"], abs=1e-4)
 

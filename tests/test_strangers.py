@@ -229,6 +229,17 @@ def test_what_the_user_types_or_trusts_is_imported(world, tmp_path, towers, monk
         load_checkpoint(tmp_path / "best")
 
 
+def test_an_error_inside_a_class_of_the_user_stays_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "clumsy.py").write_text("class Towers:\n    def build():\n        return 1 + 'two'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CALA_TRUST", "clumsy")
+    model = CaLa(make_backbone("tiny", vocabulary=["red"], width=16, heads=2, layers=1, queries=2))
+    model.backbone.config = dict(name="clumsy:Towers")
+    save_checkpoint(model, tmp_path / "best")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        load_checkpoint(tmp_path / "best")
+
+
 @pytest.mark.parametrize(
     "name",
     [

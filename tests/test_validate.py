@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cala.backbones.clip
 from cala.backbones.clip import find_architecture
@@ -17,6 +18,8 @@ from cala.encoders import make_backbone
 from cala.library.checkpoint import read_recipe
 from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command
+from cala.library.flags import DataFlags
+from cala.library.loading import hash_weights
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
@@ -249,6 +252,14 @@ def test_weights_that_no_flag_names_are_hashed_as_they_are_in_memory(root, tmp_p
         hashes.append(json.loads((tmp_path / name / "result.json").read_text())["weights"]["tensors"]["sha256"])
         assert pd.read_csv(tmp_path / name / "result.csv").set_index("row").loc["sum", "weights_sha256"] == hashes[-1]
     assert len(hashes[0]) == 64 and hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_safetensors_file_that_is_no_checkpoint_is_hashed(tmp_path):
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    for name in ("clip_model_path", "backbone_weights"):
+        hashes = hash_weights(DataFlags(**{name: str(path)}))
+        assert list(hashes) == [name] and len(hashes[name]["sha256"]) == 64
 
 
 def test_every_mistake_is_one_line_with_status_2(root, tmp_path, capsys):

@@ -213,12 +213,12 @@ def find_architecture(
 ) -> dict:  # its configuration
     "The configuration of an open_clip model."
     names = open_clip.list_models()
-    config = open_clip.get_model_config(name) if name in names else None
-    if config is None:
+    if name not in names:
         near = ", ".join(get_close_matches(name, names, 3, 0.0))
         raise CalaError(
             f"open_clip {open_clip.__version__} has no model {name}; near it are {near}: give another --model-name"
         )
+    config: Any = open_clip.get_model_config(name)
     if "multimodal_cfg" in config or config["text_cfg"].get("hf_model_name"):
         raise CalaError(
             f"the text tower of {name} is not open_clip's own transformer; "
@@ -227,17 +227,6 @@ def find_architecture(
     return config
 
 # %% ../../nbs/backbones/clip.ipynb #3b687fa2
-@contextmanager
-def _without_warnings():
-    "Keep the log quiet while the block runs."
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-
-
 def open_model(
     name: str,  # as open_clip lists it
     architecture: dict,  # its configuration, or one of the same kind in other sizes
@@ -246,17 +235,17 @@ def open_model(
     "An open_clip model with random weights and the picture statistics of a tag."
     sizes = {key: value for key, value in architecture.items() if key != "custom_text"}  # that one chooses the class
     pictures = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with _without_warnings():
-            return open_clip.create_model(name, pretrained=None, force_preprocess_cfg=pictures, **sizes).eval()
+        return open_clip.create_model(name, pretrained=None, force_preprocess_cfg=pictures, **sizes).eval()
     except RuntimeError as error:
         advice = "give another --model-name"
         if "timm" in str(error):
-            advice = (
-                "LAVIS holds timm back, so use an environment without it (Python 3.12 or later), "
-                "or give another --model-name"
-            )
+            advice = f"LAVIS holds timm back, so use an environment without it (Python 3.12 or later), or {advice}"
         raise CalaError(f"open_clip cannot make {name}: {str(error).splitlines()[0]}; {advice}") from error
+    finally:
+        logging.disable(level)
 
 # %% ../../nbs/backbones/clip.ipynb #c3068e14
 OPEN_WEIGHTS = "open_clip_model.safetensors"  # open_clip's name for its files on the Hugging Face Hub
@@ -267,14 +256,14 @@ def read_tensors(
 ) -> dict:  # what it holds
     "The content of a file of CLIP weights; `CalaError` says what else it is."
     page = f"{hub.ENDPOINT}/timm"
-    if Path(path).is_dir():
-        if (Path(path) / OPEN_WEIGHTS).is_file():
-            raise CalaError(f"{path} is a folder; give the file {Path(path) / OPEN_WEIGHTS} as {FLAG}")
-        if has_hub_layout(path):
-            raise CalaError(
-                f"{path} is a folder in the layout of Hugging Face's transformers, which is not read here; "
-                f"give the {OPEN_WEIGHTS} of that model from {page} as {FLAG}"
-            )
+    file = Path(path) / OPEN_WEIGHTS
+    if file.is_file():
+        raise CalaError(f"{path} is a folder; give the file {file} as {FLAG}")
+    if Path(path).is_dir() and has_hub_layout(path):
+        raise CalaError(
+            f"{path} is a folder in the layout of Hugging Face's transformers, which is not read here; "
+            f"give the {OPEN_WEIGHTS} of that model from {page} as {FLAG}"
+        )
     if Path(path).is_file() and is_torchscript(path):
         raise CalaError(
             f"{path} is OpenAI's TorchScript archive, a program; give the {OPEN_WEIGHTS} of that model from {page}"
@@ -294,23 +283,20 @@ def load_weights(
         else:
             open_clip.load_checkpoint(model, str(path), weights_only=True)
     except (RuntimeError, AttributeError, KeyError, TypeError, StopIteration) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CalaError(
-            f"{path} does not fit this model ({reason} ...); give the --model-name it was made with"
-        ) from error
+        reason = shorten(error, 120)
+        raise CalaError(f"{path} does not fit this model ({reason}); give the --model-name it was made with") from error
     return model
 
 # %% ../../nbs/backbones/clip.ipynb #de614d4d
 def find_cached(
-    tag: dict,  # open_clip's record
+    tag: dict,  # open_clip's record, which names a repository of the Hub
 ) -> str | None:
     "The file of a tag that an earlier run has fetched from the Hub."
-    repo, _, name = tag.get("hf_hub", "").rpartition("/")
-    if repo:
-        for file in [name] if name else [OPEN_WEIGHTS, "open_clip_pytorch_model.bin"]:
-            path = try_to_load_from_cache(repo, file)
-            if isinstance(path, str):
-                return path
+    repo, _, name = tag["hf_hub"].rpartition("/")
+    for file in [name] if name else [OPEN_WEIGHTS, "open_clip_pytorch_model.bin"]:
+        path = try_to_load_from_cache(repo, file)
+        if isinstance(path, str):
+            return path
     return None
 
 
@@ -329,17 +315,15 @@ def fetch_weights(
     if cached:
         return cached
     page = f"{hub.ENDPOINT}/{tag['hf_hub'].rpartition('/')[0]}"
-    failure: Exception | None = None
-    if is_reachable(page, any_answer=True):
-        try:
-            return open_clip.download_pretrained(tag)
-        except Exception as error:  # urllib, requests, httpx and the Hub each have their own classes
-            failure = error
-    reason = shorten(failure) if failure else "no answer"
-    raise CalaError(
-        f"the {pretrained} weights of {name} are not on this machine, and {page} cannot be reached ({reason}). "
-        f"Fetch {OPEN_WEIGHTS} there and give it as {FLAG}, or choose another --model-name"
-    ) from failure
+    try:
+        if not is_reachable(page, any_answer=True):
+            raise ConnectionError("no answer")
+        return open_clip.download_pretrained(tag)
+    except Exception as error:  # urllib, requests, httpx and the Hub each have their own classes
+        raise CalaError(
+            f"the {pretrained} weights of {name} are not on this machine, and {page} cannot be reached "
+            f"({shorten(error)}). Fetch {OPEN_WEIGHTS} there and give it as {FLAG}, or choose another --model-name"
+        ) from error
 
 # %% ../../nbs/backbones/clip.ipynb #e85a48dc
 def find_tokenizer(
@@ -386,15 +370,6 @@ def shrink(
     is_as_wide = text.get("width", 512) == architecture["embed_dim"]
     text |= dict(width=64 if is_as_wide else 32, heads=2, layers=2)
     return dict(architecture, embed_dim=64, vision_cfg=vision, text_cfg=text)
-
-
-def _choose_size(name, architecture, size):
-    "The architecture at a size, with a notice that its weights are random."
-    if size not in ("small", "full"):
-        raise CalaError(f"--random-weights {size}: choose small or full")
-    extent = "a reduced" if size == "small" else "the full"
-    print(f"{name}: random weights at {extent} size, as asked; recalls will mean nothing", file=sys.stderr)
-    return shrink(architecture) if size == "small" else architecture
 
 # %% ../../nbs/backbones/clip.ipynb #14818a1b
 @dataclass(frozen=True)
@@ -465,17 +440,12 @@ class Clip(Backbone):
         places, feature, mask = self.image(tokens)
         return Embedding(torch.cat([feature[:, None], places], 1), feature, torch.cat([mask[:, :1], mask], 1))
 
-    @property
-    def text_tower(self) -> Any:
-        "The module that owns `ln_final`: the model, or in newer models its part `text`."
-        return getattr(self.language, "text", self.language)
-
     def text(
         self,
         captions: Sequence[str],  # B texts
     ) -> Embedding:  # tokens (B, L, d)
         "Read texts: the end-of-text feature, and the tokens after `ln_final`."
-        tower = self.text_tower
+        tower = getattr(self.language, "text", self.language)  # newer models have their text tower in a part
         ids = self.tokenizer(list(captions)).to(tower.ln_final.weight.device)
         with capture_output(tower.ln_final) as outputs:
             feature = self.language.encode_text(ids, normalize=False)
@@ -527,11 +497,15 @@ class Clip(Backbone):
         name, pretrained = split_tag(model_name, pretrained)
         standard = find_architecture(name)
         tag = open_clip.get_pretrained_cfg(name, pretrained)
-        path = weights
-        if not (weights or random_weights or architecture):
-            path = fetch_weights(name, pretrained)
+        if random_weights not in (None, "small", "full"):
+            raise CalaError(f"--random-weights {random_weights}: choose small or full")
         if random_weights:
-            standard = _choose_size(name, standard, random_weights)
+            extent = "a reduced" if random_weights == "small" else "the full"
+            print(f"{name}: random weights at {extent} size, as asked; recalls will mean nothing", file=sys.stderr)
+        elif not (weights or architecture):
+            weights = fetch_weights(name, pretrained)
+        if random_weights == "small":
+            standard = shrink(standard)
         if not architecture:
             architecture = dict(standard, quick_gelu=bool(tag.get("quick_gelu", standard.get("quick_gelu"))))
         config = dict(
@@ -540,6 +514,6 @@ class Clip(Backbone):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = open_model(name, architecture, tag)
-            if path:
-                load_weights(model, path)
+            if weights:
+                load_weights(model, weights)
             return cls(model, find_tokenizer(name, architecture["text_cfg"], tokenizer), config)

@@ -5,12 +5,10 @@ import pickle
 import ssl
 import warnings
 import zipfile
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.error import URLError
 from urllib.parse import urljoin
 from urllib.parse import urlparse
 from urllib.request import Request
@@ -20,6 +18,8 @@ from urllib.request import urlretrieve
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
+from torch import nn
 
 from ..errors import CalaError
 from ..progress import LARGE
@@ -37,38 +37,45 @@ def shorten(
     message = " ".join(str(error).split())
     if len(message) > longest:
         message = message[:longest] + " ..."
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def missing_file(
-    name: str,  # of the file
-    url: str,  # where it is published
-    advice: str,  # how to give the file by hand
-    reason: str,  # why there is none
-) -> CalaError:
-    "The error for a file that is not there and cannot be fetched."
-    return CalaError(
-        f"{name} is missing ({reason}); it is published at {url}: fetch it on a machine with network and {advice}"
-    )
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
 # Places: paths and URLs
 
 
 def is_url(
-    place: str | Path | None,
+    place: str | Path,
 ) -> bool:
     "True for an address of the web."
     return str(place).startswith(("http://", "https://"))
 
 
 def make_absolute(
-    place: str | Path | None,  # a path, a URL, or nothing
+    place: str | None,  # a path, a URL, or nothing
 ) -> str | None:
     "A path that stays valid in another working folder; a URL and None as they are."
-    if place is None:
-        return None
-    return str(place) if is_url(place) else str(Path(place).resolve())
+    if place is None or is_url(place):
+        return place
+    return str(Path(place).resolve())
+
+
+def find_file_name(
+    url: str,
+) -> str:
+    "The name of the file at an address, without what may follow a question mark."
+    return Path(urlparse(url).path).name
+
+
+def missing_file(
+    url: str,  # where the file is published
+    advice: str,  # how to give the file by hand
+    reason: str,  # why there is none
+) -> CalaError:  # to be raised
+    "The error for a file that is not there and cannot be fetched."
+    return CalaError(
+        f"{find_file_name(url)} is missing ({reason}); it is published at {url}: "
+        f"fetch it on a machine with network and {advice}"
+    )
 
 
 def find_neighbour(
@@ -85,42 +92,19 @@ def find_neighbour(
 def is_reachable(
     url: str,
     any_answer: bool = False,  # count a refusal, and a certificate that Python does not know, as an answer
-    timeout: float = 10,  # seconds
 ) -> bool:
-    "True if the server of an address answers."
+    "True if the server of an address answers within ten seconds."
     try:
-        urlopen(Request(url, method="HEAD"), timeout=timeout).close()
-    except HTTPError:
-        return any_answer
-    except URLError as error:
-        return any_answer and isinstance(error.reason, ssl.SSLError)
-    except (OSError, HTTPException):
-        return False
+        urlopen(Request(url, method="HEAD"), timeout=10).close()
+    except (OSError, HTTPException) as error:
+        is_answer = isinstance(error, HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError)
+        return any_answer and is_answer
     return True
 
 
 def cache_folder() -> Path:
     "Where torch, LAVIS and this project keep files of weights that were fetched."
     return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def make_report_hook(
-    bar: Any,  # from `show_progress`, in megabytes
-) -> Callable:  # for `urlretrieve`
-    "A function that moves a bar while a file arrives."
-
-    def move_bar(
-        blocks: int,  # received so far
-        block_size: int,  # bytes of one
-        total: int,  # bytes of the file; below 1 if the server does not name it
-    ):
-        received = blocks * block_size
-        if total > 0:
-            bar.total = total // MEGABYTE
-            received = min(received, total)
-        bar.update(received // MEGABYTE - bar.n)
-
-    return move_bar
 
 
 def fetch(
@@ -132,20 +116,28 @@ def fetch(
 
     `urlretrieve` compares what arrives with Content-Length. A file that is shorter, or is a web page, is not kept.
     """
-    path = Path(folder or cache_folder()) / Path(urlparse(url).path).name
+    path = Path(folder or cache_folder()) / find_file_name(url)
     if path.is_file():
         return path
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with show_progress(title=path.name, unit="MB", is_part=True) as bar:
-            urlretrieve(url, partial, make_report_hook(bar))
+
+            def move_bar(blocks: int, block_size: int, total: int):  # of the file; below 1 if the server does not say
+                received = blocks * block_size
+                if total > 0:
+                    bar.total = total // MEGABYTE
+                    received = min(received, total)  # the last block may be a part of one
+                bar.update(received // MEGABYTE - bar.n)
+
+            urlretrieve(url, partial, move_bar)
         misfit = describe_misfit(partial)
         if misfit:
-            raise missing_file(path.name, url, advice, f"what the server sent {misfit}")
+            raise missing_file(url, advice, f"what the server sent {misfit}")
         os.replace(partial, path)
     except (OSError, HTTPException) as error:
-        raise missing_file(path.name, url, advice, shorten(error)) from error
+        raise missing_file(url, advice, shorten(error)) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -160,7 +152,7 @@ def find_file(
     if is_url(place):
         return fetch(str(place), advice)
     if not Path(place).is_file():
-        raise missing_file(url.rsplit("/", 1)[-1], url, advice, f"no file {place}")
+        raise missing_file(url, advice, f"no file {place}")
     return Path(place)
 
 
@@ -191,9 +183,8 @@ def has_hub_layout(
 ) -> bool:
     "True for a folder of the Hugging Face Hub and for a file of weights from one."
     path = Path(place)
-    patterns = ("*config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
     if path.is_dir():
-        return any(any(path.glob(pattern)) for pattern in patterns)
+        return any(path.glob("*config.json")) or bool(list_hub_files(path))
     return path.is_file() and (path.name.startswith("pytorch_model") or is_safetensors(path))
 
 
@@ -284,14 +275,13 @@ def read_ahead(
 
 def read_weights(
     path: str | Path,  # safetensors, or a torch file
-    flag: str = FLAG,  # with which it was given
 ) -> dict:  # what it holds
     "The content of a file of weights; `CalaError` if it is something else or could execute code."
     kind = "a URL" if "://" in str(path) else "a folder" if Path(path).is_dir() else ""
     if kind:
-        raise CalaError(f"{path} is {kind}; give a file of weights on this machine as {flag}")
+        raise CalaError(f"{path} is {kind}; give a file of weights on this machine as {FLAG}")
     if not Path(path).is_file():
-        raise CalaError(f"no weights file {path}; give another {flag}")
+        raise CalaError(f"no weights file {path}; give another {FLAG}")
     misfit = describe_misfit(path)
     if misfit:
         raise CalaError(f"{path} {misfit}")
@@ -306,19 +296,38 @@ def read_weights(
             ) from error
     content = read_torch(path)
     if not isinstance(content, dict):
-        raise CalaError(f"{path} holds a {type(content).__name__}, not weights; give another {flag}")
+        raise CalaError(f"{path} holds a {type(content).__name__}, not weights; give another {FLAG}")
     return content
 
 
-def select_tensors(
-    content: Any,  # of a torch file
-    place: str | Path,  # the file, for the message
-    key: str | None = None,  # the weights are under this key
-) -> dict[str, torch.Tensor]:
-    "The weights by name that a file is, or has under a key."
-    state = content.get(key) if key and isinstance(content, dict) else content
-    if isinstance(state, dict):
-        if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
-            return state
-    form = f'a dict of tensors under "{key}"' if key else "a dict of tensors"
-    raise CalaError(f"{place} is not of the published form, {form}; fetch it again")
+def check_tensors(
+    state: dict,  # of a file
+    place: str | Path,  # the file
+) -> dict[str, Tensor]:  # the same
+    "`CalaError` if a dict holds anything but tensors by name."
+    if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        return state
+    raise CalaError(f"{place} is not of the published form, a dict of tensors; fetch it again")
+
+
+def load_exactly(
+    module: nn.Module,  # receives the weights
+    weights: dict[str, Tensor],  # by the module's own names
+    title: str,  # of the module
+    advice: str,  # which file to give
+    assign: bool = False,  # take these tensors instead of copying them into those of the module
+):
+    "Load weights; `CalaError` if one is missing, unknown or of another shape."
+    needed = module.state_dict()
+    faults = {
+        "missing": needed.keys() - weights.keys(),
+        "not of this model": weights.keys() - needed.keys(),
+        "of another shape": {
+            name for name in needed.keys() & weights.keys() if needed[name].shape != weights[name].shape
+        },
+    }
+    for fault, names in faults.items():
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise CalaError(f"these are not the weights of {title}, {len(names)} {fault}: {first}; {advice}")
+    module.load_state_dict(weights, assign=assign)

@@ -7,12 +7,14 @@ __all__ = ['PARTS', 'seal', 'save_checkpoint', 'read_recipe', 'load_weights', 'l
 
 # %% ../../nbs/library/checkpoint.ipynb #5775ce71
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save
 
+from ..backbones.weights import shorten
 from ..encoders import make_backbone
 from ..errors import CalaError
 from .files import find_whole_folder
@@ -59,19 +61,6 @@ def save_checkpoint(
 PARTS = ("backbone", "model", "recipe", "metrics", "beside")  # the objects of a recipe.json
 
 
-def _read_sealed(path):
-    "The content of a recipe.json; `CalaError` if it is damaged."
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CalaError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in PARTS):
-        raise CalaError(f"{path} is not a recipe of cala")
-    if content != seal({name: value for name, value in content.items() if name != "seal"}):
-        raise CalaError(f"{path} is damaged, or was edited by hand")
-    return content
-
-
 def _read_intact(folder, names):
     "The content of a checkpoint's recipe.json; `CalaError` unless it and the files `names` are intact."
     if not folder.is_dir():
@@ -80,7 +69,15 @@ def _read_intact(folder, names):
     for name in ("recipe.json", *names):
         if not (folder / name).is_file():
             raise CalaError(f"{folder} is no checkpoint: {name} is missing")
-    content = _read_sealed(folder / "recipe.json")
+    path = folder / "recipe.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CalaError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in PARTS):
+        raise CalaError(f"{path} is not a recipe of cala")
+    if content != seal({name: value for name, value in content.items() if name != "seal"}):
+        raise CalaError(f"{path} is damaged, or was edited by hand")
     hashes = content["beside"] | {"model.safetensors": content.get("sha256")}
     for name in names:
         if hash_file(folder / name) != hashes.get(name):
@@ -92,14 +89,10 @@ def _read_intact(folder, names):
 def _describe_intact_neighbours(folder):
     "What to do about a damaged checkpoint: names the intact ones in the same run's folder, in or around it."
     intact = []
-    for path in sorted({folder.parent, *folder.parent.glob("*"), *folder.glob("*")}):
-        if path == folder or not (path / "recipe.json").is_file():
-            continue
-        try:
-            content = _read_intact(path, ["model.safetensors"])
-        except CalaError:
-            continue
-        intact.append(f"{path} (epoch {content['metrics'].get('epoch', '?')})")
+    for path in sorted({folder.parent, *folder.parent.glob("*"), *folder.glob("*")} - {folder}):
+        with suppress(CalaError):
+            epoch = _read_intact(path, ["model.safetensors"])["metrics"].get("epoch", "?")
+            intact.append(f"{path} (epoch {epoch})")
     return f"intact is {' and '.join(intact)}" if intact else "give the folder that cala-train wrote (best or last)"
 
 
@@ -115,6 +108,11 @@ def read_recipe(
         raise CalaError(f"{error}; {_describe_intact_neighbours(folder)}") from error
 
 # %% ../../nbs/library/checkpoint.ipynb #f9c21c04
+def _misfit(folder, reason):
+    "The error about a checkpoint that is intact and cannot become a model."
+    return CalaError(f"{folder} does not fit its recipe ({reason}); it may be of another version of cala")
+
+
 def load_weights(
     model: CaLa,  # built as the checkpoint's recipe says
     folder: str | Path,  # a checkpoint folder
@@ -125,28 +123,29 @@ def load_weights(
         weights = load_file(folder / "model.safetensors")
         missing, unknown = model.load_state_dict(weights, strict=False)
     except (RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CalaError(f"{folder} does not fit its recipe ({reason}); it may be of another version of cala") from error
+        raise _misfit(folder, shorten(error)) from error
     if not model.backbone.save_trunk:
         missing = [name for name in missing if not name.startswith("backbone.trunk.")]
     if missing or unknown:
-        raise CalaError(f"{folder} does not fit its recipe: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise _misfit(folder, f"missing {missing[:3]}, unknown {unknown[:3]}")
 
 
 def load_checkpoint(
     folder: str | Path,  # a checkpoint folder
-    **backbone_options: str,  # where this machine keeps published weights: weights, tokenizer
+    **backbone_options: str | None,  # where this machine keeps published weights: weights, tokenizer; None: not given
 ) -> CaLa:
     "The model of a checkpoint, in evaluation mode."
     recipe = read_recipe(folder)
-    config = refuse_foreign_code(recipe["backbone"], folder) | backbone_options
+    config = refuse_foreign_code(recipe["backbone"], folder)
+    config |= {name: value for name, value in backbone_options.items() if value}
     options = refuse_foreign_code(recipe["model"], folder)
     model_class = find_model_class(options.pop("model_class", None))
     try:
         model = model_class(make_backbone(**config), **options)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        message = f"{folder} does not fit its recipe ({reason}); it may be of another version of cala"
-        raise CalaError(message) from error
+        classes = str(config.get("name")), f"{model_class.__module__}:"
+        if any(":" in name and not name.startswith("cala.") for name in classes):
+            raise  # the error may be in the user's own class, and its traceback says where
+        raise _misfit(folder, shorten(error)) from error
     load_weights(model, folder)
     return model.eval()

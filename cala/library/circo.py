@@ -6,9 +6,8 @@
 __all__ = ['ASPECTS', 'GALLERY_FILE', 'PICTURE_FOLDER', 'QUERY_FIELDS', 'TRUTH_FIELDS', 'CIRCO_AT', 'DEPTH', 'SET', 'CircoQuery',
            'is_picture_id', 'are_picture_ids', 'are_aspects', 'name_picture', 'read_query', 'add_gallery', 'read_circo',
            'CIRCO', 'expected_gains', 'average_precision', 'top_columns', 'Places', 'place_truths', 'summarise_places',
-           'circo_metrics', 'rank_circo', 'describe_circo', 'tabulate_places', 'measure_circo', 'evaluate_circo',
-           'circo_baselines', 'check_circo_submittable', 'write_circo_submission', 'check_circo_submission',
-           'find_circo_faults', 'find_answer_fault']
+           'circo_metrics', 'rank_circo', 'describe_circo', 'tabulate_places', 'measure_circo', 'circo_baselines',
+           'check_circo_submittable', 'write_circo_submission', 'find_circo_faults']
 
 # %% ../../nbs/library/circo.ipynb #e3bb3d3b
 import json
@@ -34,16 +33,19 @@ from ..composition import Combiner
 from ..composition import Sum
 from ..data import Triplets
 from ..errors import CalaError
+from ..errors import count_things
 from .files import write_atomically
 from .gallery import Top
-from .submission import count_faults
+from .submission import find_faults
 from .submission import read_submission
 from ..retrieval import Embedded
 from ..retrieval import Result
 from ..retrieval import check_scores
+from ..retrieval import describe_sections
 from ..retrieval import embed
 from ..retrieval import evaluating
 from ..retrieval import recalls
+from ..retrieval import sections
 
 # %% ../../nbs/library/circo.ipynb #72524f77
 ASPECTS = (
@@ -83,7 +85,7 @@ def are_picture_ids(value: Any) -> bool:
 
 def are_aspects(value: Any) -> bool:
     "True for a list of semantic aspects."
-    return isinstance(value, list) and all(isinstance(each, str) and each in ASPECTS for each in value)
+    return isinstance(value, list) and all(each in ASPECTS for each in value)
 
 
 QUERY_FIELDS = {  # of an entry: key -> (check, what is wanted)
@@ -120,57 +122,51 @@ def read_query(
             raise ValueError(f"has no {key} ({wanted}); it is {describe_shape(entry)}")
         if not is_right(entry[key]):
             raise ValueError(f"{key} must be {wanted}, but is {describe_shape(entry[key])}")
-    if type(entry.get("id")) is not int or entry["id"] != number:
+    if entry.get("id") != number:
         raise ValueError(f"id must be {number}, the place in the file, but is {describe_shape(entry.get('id'))}")
-    reference, target, truths, aspects = name_picture(entry["reference_img_id"]), None, (), ()
+    reference, target, truths = name_picture(entry["reference_img_id"]), None, ()
     if has_truths:
-        target = name_picture(entry["target_img_id"])
-        truths = tuple(name_picture(truth) for truth in entry["gt_img_ids"])
-        aspects = tuple(entry["semantic_aspects"])
-        if target not in truths:
+        target, ids = name_picture(entry["target_img_id"]), entry["gt_img_ids"]
+        if entry["target_img_id"] not in ids:
             raise ValueError(f"target_img_id {entry['target_img_id']} is not among gt_img_ids")
-        if len(set(truths)) < len(truths):
+        if len(set(ids)) < len(ids):
             raise ValueError("gt_img_ids names a picture twice")
-        truths = (target, *(truth for truth in truths if truth != target))
+        truths = tuple(dict.fromkeys([target, *map(name_picture, ids)]))
     missing = sorted({reference, *truths} - names) if names else []
     if missing:
         raise ValueError(f"picture {int(missing[0])} is not in the gallery")
-    caption = (entry["relative_caption"],)
-    return CircoQuery(reference, caption, target, str(number), truths, concept=entry["shared_concept"], aspects=aspects)
+    aspects = tuple(entry["semantic_aspects"]) if has_truths else ()
+    caption, concept = (entry["relative_caption"],), entry["shared_concept"]
+    return CircoQuery(reference, caption, target, str(number), truths, concept=concept, aspects=aspects)
 
 
 def add_gallery(
     annotations: Annotations,  # changed in place
     file: Path,  # image_info_unlabeled2017.json
 ):
-    "Check the entries of the gallery's file and add the pictures that are fine."
+    "Check the entries of the gallery's file and add the pictures that are fine; `CalaError` if it cannot be read."
     if not file.is_file():
         advice = "it is in image_info_unlabeled2017.zip of https://cocodataset.org/#download"
-        annotations.faults.append(f"no list of the gallery {file}; {advice}")
-        return
-    try:
-        images = read_json(file, dict).get("images")
-    except CalaError as error:
-        annotations.faults.append(str(error))
-        return
+        raise CalaError(f"no list of the gallery {file}; {advice}")
+    images = read_json(file, dict).get("images")
     if not isinstance(images, list) or not images:
-        annotations.faults.append(f"{file} must hold a list of images, but holds {describe_shape(images)} there")
-        return
-    known = set()
+        raise CalaError(f"{file} must hold a list of images, but holds {describe_shape(images)} there")
+    pictures = {}  # name -> published path
     for i, image in enumerate(images):
         values: Any = image if isinstance(image, dict) else {}
         number, file_name = values.get("id"), values.get("file_name")
+        fault = ""
         if not is_picture_id(number) or not is_safe_name(file_name):
-            annotations.faults.append(f"{file} image {i}: needs an id and a file_name, but is {describe_shape(image)}")
+            fault = f"needs an id and a file_name, but is {describe_shape(image)}"
         elif splitext(file_name)[0] != name_picture(number):
-            reason = f"file_name {shorten(file_name)} does not belong to id {number}"
-            annotations.faults.append(f"{file} image {i}: {reason}")
-        elif number in known:
-            annotations.faults.append(f"{file} image {i}: id {number} is there twice")
+            fault = f"file_name {shorten(file_name)} does not belong to id {number}"
+        elif name_picture(number) in pictures:
+            fault = f"id {number} is there twice"
+        if fault:
+            annotations.faults.append(f"{file} image {i}: {fault}")
         else:
-            known.add(number)
-            annotations.names.append(name_picture(number))
-            annotations.paths.append(f"{PICTURE_FOLDER}/{file_name}")
+            pictures[name_picture(number)] = f"{PICTURE_FOLDER}/{file_name}"
+    annotations.names, annotations.paths = list(pictures), list(pictures.values())
 
 
 def read_circo(
@@ -179,7 +175,10 @@ def read_circo(
 ) -> Annotations:  # its triplets are queries of CIRCO
     "Read and check the files of a split; whatever is wrong is in the faults of the result."
     annotations = Annotations()
-    add_gallery(annotations, folder / GALLERY_FILE)
+    try:
+        add_gallery(annotations, folder / GALLERY_FILE)
+    except CalaError as error:
+        annotations.faults.append(str(error))
     file = find_annotations(folder, "CIRCO").get(f"{split}.json", folder / f"annotations/{split}.json")
     try:
         entries = read_json(file, list)
@@ -213,12 +212,10 @@ class CIRCO(Triplets):
         split: str,  # val or test
         transform: Any = None,  # picture -> tensor
         shared_concept: bool = False,  # put the shared concept into the text
-        keep: bool = False,  # keep pixels in memory
-        allow_missing: bool = False,  # go on without pictures that are missing
-        **options: Any,  # follow_links of `Triplets`
+        **options: Any,  # keep, allow_missing and follow_links of `Triplets`
     ):
         self.shared_concept = shared_concept
-        super().__init__(root, split, transform, keep, allow_missing, **options)
+        super().__init__(root, split, transform, **options)
 
     def read(self) -> tuple[list[str], list[str], list[CircoQuery]]:
         "Names and published paths of the gallery, and the queries."
@@ -255,8 +252,8 @@ class CIRCO(Triplets):
         model: Any,  # CaLa, or a module with .frame, .tokens, .embed_gallery and .embed_queries
         **options: Any,  # batch_size, device, workers, keep and progress of `embed`
     ) -> Result:  # with `.ranks`
-        "What `cala.evaluate` calls: `evaluate_circo`."
-        return evaluate_circo(model, self, **options)
+        "What `cala.evaluate` calls: embed, rank and summarise."
+        return measure_circo(model.frame, embed(model, self, **options), self)
 
 # %% ../../nbs/library/circo.ipynb #4dc5e0c6
 CIRCO_AT = (5, 10, 25, 50)
@@ -395,8 +392,7 @@ def describe_circo(
     dataset: CIRCO,
 ) -> dict[str, Any]:
     "What a result was measured on."
-    facts = dict(dataset=dataset.name, split=dataset.split, protocol=dataset.protocol) | dataset.choices()
-    return facts | dict(gallery=len(dataset.gallery), queries=len(dataset), missing=dataset.left_out["pictures"])
+    return describe_sections([dataset], sections(dataset))
 
 
 def tabulate_places(
@@ -405,8 +401,7 @@ def tabulate_places(
 ) -> pd.DataFrame:
     "One row a query: the rank of the target (none beyond 50), how many truths there are, and the average precisions."
     truths = (dataset.truths >= 0).sum(1)
-    names = [(query.pair_id, query.reference, query.target) for query in dataset.triplets]
-    table = pd.DataFrame(names, columns=["pair_id", "reference", "target"])
+    table = pd.DataFrame(dataset.triplets)[["pair_id", "reference", "target"]]
     rank = places.higher[:, 0] + (places.equal[:, 0] + 1) / 2
     table["rank"] = rank.masked_fill(places.equal[:, 0] == 0, torch.nan).numpy()
     table["truths"] = truths.numpy()
@@ -429,31 +424,20 @@ def measure_circo(
     result.ranks = tabulate_places(places, dataset)
     return result
 
-
-def evaluate_circo(
-    model: Any,  # CaLa, or a module with .frame, .tokens, .embed_gallery and .embed_queries
-    dataset: CIRCO,  # the split val
-    **options: Any,  # batch_size, device, workers, keep and progress of `embed`
-) -> Result:  # with `.ranks`
-    "Embed, rank and summarise."
-    return measure_circo(model.frame, embed(model, dataset, **options), dataset)
-
 # %% ../../nbs/library/circo.ipynb #920fd0d5
 def circo_baselines(
     embedded: Embedded,  # of the data set
     dataset: CIRCO,  # the split val
 ) -> dict[str, Result]:  # by the name of the row
     "What guessing, the reference alone and the text alone reach."
-    truths = dataset.truths
-    equal = torch.full_like(truths, len(dataset.gallery)).masked_fill(truths < 0, 0)
-    guess = Places(torch.zeros_like(truths), equal, torch.empty(len(truths), 0))
+    flat = torch.zeros(1).expand(len(dataset), len(dataset.gallery))
+    guess = circo_metrics(flat, dataset.truths, dataset.aspects)
     pictures = embedded.gallery[dataset.references.to(embedded.gallery.device)]
-    picture_alone = Embedded(embedded.gallery, pictures, torch.zeros_like(pictures))
-    text_alone = embedded._replace(reference=torch.zeros_like(embedded.reference))
+    nothing = torch.zeros_like(pictures)
     return {
-        "chance": Result(describe_circo(dataset) | summarise_places(guess, truths, dataset.aspects)),
-        "image only": measure_circo(Sum(), picture_alone, dataset),
-        "text only": measure_circo(Sum(), text_alone, dataset),
+        "chance": Result(describe_circo(dataset) | guess),
+        "image only": measure_circo(Sum(), embedded._replace(reference=pictures, text=nothing), dataset),
+        "text only": measure_circo(Sum(), embedded._replace(reference=nothing), dataset),
     }
 
 # %% ../../nbs/library/circo.ipynb #52e6932d
@@ -465,7 +449,8 @@ def check_circo_submittable(
         count = f"{dataset.name} {dataset.split} has {len(dataset.gallery)} in all"
         raise CalaError(f"a submission names {DEPTH} pictures for each query, and {count}; draw a larger world")
     if dataset.left_out["queries"]:
-        raise CalaError(f"{dataset.left_out['queries']} queries were left out, and a submission answers all of them")
+        lost = count_things(dataset.left_out["queries"], "query was", "queries were")
+        raise CalaError(f"{lost} left out, and a submission answers all of them")
     return dataset
 
 
@@ -478,17 +463,9 @@ def write_circo_submission(
     "Rank, write the file, read it again and check it."
     check_circo_submittable(dataset)
     best = rank_circo(frame, embedded).best.tolist()
-    ids = [int(name) for name in dataset.gallery.names]
-    content = {query.pair_id: [ids[position] for position in row] for query, row in zip(dataset.triplets, best)}
-    write_atomically(Path(path), json.dumps(content).encode())
-    return check_circo_submission(path, dataset)
-
-
-def check_circo_submission(
-    path: str | Path,  # a JSON file
-    dataset: CIRCO,  # the split that it answers
-) -> Path:
-    "Raise `CalaError` with all faults of a file; return its path if the server will take it."
+    names = dataset.gallery.names
+    content = {query.pair_id: [int(names[i]) for i in row] for query, row in zip(dataset.triplets, best)}
+    write_atomically(path, json.dumps(content).encode())
     faults = find_circo_faults(path, dataset)
     if faults:
         raise CalaError(f"{path} would be refused: {'; '.join(faults)}. Write it again with cala-circo-submission")
@@ -503,28 +480,15 @@ def find_circo_faults(
     content, faults = read_submission(path, "cala-circo-submission")
     if not content:
         return faults or ["it is empty"]
-    queries, ids = [query.pair_id for query in dataset.triplets], {int(name) for name in dataset.gallery.names}
-    missing = [query for query in queries if query not in content]
-    if missing:
-        faults.append(f"queries are missing: {len(missing)} of {len(queries)}, the first is {missing[0]}")
-    unknown = sorted(content.keys() - set(queries))
-    if unknown:
-        faults.append(f"keys are no query of {dataset.split}: {len(unknown)}, the first is {shorten(unknown[0])}")
-    answers = [(query, content[query]) for query in queries if query in content]
-    return faults + count_faults((query, find_answer_fault(answer, ids)) for query, answer in answers)
+    ids = {int(name) for name in dataset.gallery.names}
 
+    def find_fault(answer: Any, query: CircoQuery) -> str:
+        if not isinstance(answer, list) or not all(map(is_picture_id, answer)):
+            return "the answer is no list of picture ids"
+        if len(answer) != DEPTH:
+            return f"the answer does not name {DEPTH} pictures"
+        if len(set(answer)) < len(answer):
+            return "a picture is named twice"
+        return "" if ids.issuperset(answer) else "a picture is not in the gallery"
 
-def find_answer_fault(
-    answer: Any,  # a list of picture ids, if it is right
-    ids: set[int],  # of the gallery
-) -> str:  # "" if the answer is right
-    "The fault of the answer to one query."
-    if not isinstance(answer, list) or not all(is_picture_id(number) for number in answer):
-        return "the answer is no list of picture ids"
-    if len(answer) != DEPTH:
-        return f"the answer does not name {DEPTH} pictures"
-    if len(set(answer)) < len(answer):
-        return "a picture is named twice"
-    if not ids.issuperset(answer):
-        return "a picture is not in the gallery"
-    return ""
+    return faults + find_faults(content, dataset, "query", "queries", find_fault)

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HFValidationError
 
 from .. import __version__
+from ..backbones.weights import shorten
 from ..errors import CalaError
 from ..errors import count_things
 from ..model import CaLa
@@ -39,7 +40,11 @@ from .results import label_metric
 FILES = "model.safetensors", "recipe.json", "config.json", "README.md"
 PRIVATE = {*PLACES, "resume", "tokenizer", "workspace", "comet_offline"}  # fields of a recipe that tell about a machine
 SNAPSHOT_OPTIONS = "revision", "cache_dir", "force_download", "local_files_only", "token"  # of snapshot_download
+TAGS = ["composed-image-retrieval", "cala"]
 NAME = "your-name/your-model"  # in a model card that was not made for an upload
+PUBLISHED_TRUNK = (
+    "The frozen trunk is that of the published BLIP-2 and not part of this repository; cala fetches it once."
+)
 CARD = """---
 {metadata}
 ---
@@ -75,7 +80,7 @@ model = HubCheckpoint.from_pretrained("{name}").load()
 """
 
 
-class HubCheckpoint(ModelHubMixin, library_name="cala", tags=["composed-image-retrieval", "cala"]):
+class HubCheckpoint(ModelHubMixin, library_name="cala", tags=TAGS):
     "A checkpoint folder that can be saved for, pushed to and fetched from the Hugging Face Hub."
 
     def __init__(
@@ -103,9 +108,8 @@ class HubCheckpoint(ModelHubMixin, library_name="cala", tags=["composed-image-re
         try:
             return super().from_pretrained(name, **options)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
             advice = "give a folder, or user/name of a model on the Hub that this machine can reach"
-            raise CalaError(f"{name} cannot be fetched ({reason}); {advice}") from error
+            raise CalaError(f"{name} cannot be fetched ({shorten(error)}); {advice}") from error
 
     def push_to_hub(
         self,
@@ -122,7 +126,34 @@ class HubCheckpoint(ModelHubMixin, library_name="cala", tags=["composed-image-re
         **metadata: Any,  # further lines at the head of the card, such as license="mit"
     ) -> ModelCard:
         "What the model is, how it was trained and what it reached."
-        return ModelCard(write_card(self.content, name, metadata))
+        recipe, metrics = self.content["recipe"], self.content["metrics"]
+        backbone = self.content["backbone"].get("name")
+        dataset = str(recipe.get("dataset") or metrics.get("dataset") or "unknown")
+        recalls = {label_metric(key): value for key, value in metrics.items() if is_shown(key)}
+        scores = [
+            EvalResult(
+                task_type="composed-image-retrieval",
+                dataset_type=dataset.lower(),
+                dataset_name=f"{dataset} {metrics.get('split', 'val')}",
+                metric_type=label,
+                metric_value=round(value, 2),
+            )
+            for label, value in recalls.items()
+        ]
+        if scores:
+            metadata |= dict(model_name=name.rpartition("/")[2], eval_results=scores)
+        data = ModelCardData(language="en", library_name="cala", tags=TAGS, **metadata)
+        card = CARD.format(
+            metadata=data.to_yaml(),
+            name=name,
+            dataset=dataset,
+            backbone=backbone,
+            frame=self.content["model"].get("cir_frame"),
+            weights=PUBLISHED_TRUNK if backbone == "blip2" else "The repository holds all weights.",
+            command=describe_training(recipe),
+            results=describe_metrics(metrics, recalls),
+        )
+        return ModelCard(card)
 
     def _save_pretrained(self, save_directory):
         "Write weights and recipe without what tells about the machine."
@@ -145,58 +176,16 @@ class HubCheckpoint(ModelHubMixin, library_name="cala", tags=["composed-image-re
         return cls(snapshot_download(model_id, allow_patterns=list(FILES), **known))
 
 
-def write_card(
-    content: dict,  # of a recipe.json
-    name: str,  # user/name on the Hub
-    metadata: dict,  # further lines at the head
-) -> str:
-    "The text of a model card."
-    recipe, metrics = content["recipe"], content["metrics"]
-    dataset = str(recipe.get("dataset") or metrics.get("dataset") or "unknown")
-    recalls = {label_metric(key): value for key, value in metrics.items() if is_shown(key)}
-    scores = [
-        EvalResult(
-            task_type="composed-image-retrieval",
-            dataset_type=dataset.lower(),
-            dataset_name=f"{dataset} {metrics.get('split', 'val')}",
-            metric_type=label,
-            metric_value=round(value, 2),
-        )
-        for label, value in recalls.items()
-    ]
-    named = dict(model_name=name.rpartition("/")[2], eval_results=scores) if scores else {}
-    data = ModelCardData(
-        language="en", library_name="cala", tags=["composed-image-retrieval", "cala"], **named, **metadata
-    )
-    return CARD.format(
-        metadata=data.to_yaml(),
-        name=name,
-        dataset=dataset,
-        backbone=content["backbone"].get("name"),
-        frame=content["model"].get("cir_frame"),
-        weights=describe_trunk(content),
-        command=describe_training(recipe),
-        results=describe_metrics(metrics, recalls),
-    )
-
-
-def describe_trunk(
-    content: dict,  # of a recipe.json
-) -> str:
-    "What the checkpoint holds."
-    if content["backbone"].get("name") == "blip2":
-        return "The frozen trunk is that of the published BLIP-2 and not part of this repository; cala fetches it once."
-    return "The repository holds all weights."
-
-
 def describe_training(
     recipe: dict,  # of a recipe.json
 ) -> str:
     "The command line of a recipe, or its values where another command than cala-train wrote it."
-    if recipe and set(recipe) <= {each.name for each in fields(Recipe)}:
-        return spell_command(Recipe(**{key: value for key, value in recipe.items() if key not in PRIVATE}))
     values = {key: value for key, value in recipe.items() if value is not None and key not in PRIVATE}
-    return json.dumps(values) if values else "The checkpoint does not tell."
+    if not values:
+        return "The checkpoint does not tell."
+    if set(values) <= {each.name for each in fields(Recipe)}:
+        return spell_command(Recipe(**values))
+    return json.dumps(values)
 
 
 def describe_metrics(

@@ -8,7 +8,6 @@ program or a checkpoint folder of cala.
 import re
 from pathlib import Path
 from typing import Any
-from typing import NamedTuple
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch import nn
 
+from ..backbones.blip2 import PRECISIONS
 from ..backbones.weights import list_hub_files
+from ..backbones.weights import load_exactly
+from ..composition import Combiner
 from ..composition import frames
 from ..composition import make_frame
 from ..data import Triplets
@@ -25,12 +27,11 @@ from ..encoders import Backbone
 from ..encoders import make_backbone
 from ..errors import CalaError
 from ..model import CaLa
-from ..pictures import shorten_path
 from ..qformer import QFormer
+from ..recipe import spell_flag
 from ..rerank import Reranker
 from ..retrieval import Embedded
 from ..retrieval import embed
-from ..trust import hash_tensors
 from .cache import CachedReferences
 from .cache import TargetSide
 from .cache import cache_folder
@@ -39,7 +40,6 @@ from .cache import use_caches
 from .checkpoint import load_checkpoint
 from .checkpoint import read_recipe
 from .circo import CIRCO
-from .cli import spell_flag
 from .files import find_whole_folder
 from .files import hash_file
 from .flags import BLIP2_ROLES
@@ -51,64 +51,47 @@ from .released import load_released
 
 Flags = TypeVar("Flags", bound=ModelFlags)
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
-
 
 # Files of weights
 
 
-def is_checkpoint(
-    path: str | Path,
-) -> bool:
-    "True for a checkpoint folder of cala, or its file of weights; a file of the released program is neither."
-    return Path(path).is_dir() or Path(path).suffix == ".safetensors"
-
-
-def find_weights(
-    path: str | Path,  # a file of weights, or a checkpoint folder
-) -> Path:
-    "The file of weights; that of a checkpoint is compared with its hash first."
+def find_checkpoint(
+    path: str | Path,  # a checkpoint folder, its model.safetensors, or a file of the released program
+) -> Path | None:  # the folder; None for a file of the released program
+    "The checkpoint of cala that a path names."
     path = Path(path)
-    folder = path.parent if path.suffix == ".safetensors" else path
-    if not folder.is_dir() or not is_checkpoint(path):
-        return path
-    read_recipe(folder)
-    return find_whole_folder(folder) / "model.safetensors"
+    folder = find_whole_folder(path.parent if path.suffix == ".safetensors" else path)
+    return folder if folder.is_dir() else None
 
 
-def read_tensors(
-    path: str | Path,  # a checkpoint
+def read_part(
+    folder: Path,  # a checkpoint
     prefix: str,  # of the names, such as "frame."
-) -> dict[str, Tensor]:  # names without the prefix
-    "One part of a checkpoint; the rest, perhaps gigabytes of a backbone, is not read."
-    with safe_open(find_weights(path), "pt") as content:
-        names = [name for name in content.keys() if name.startswith(prefix)]
-        return {name.removeprefix(prefix): content.get_tensor(name) for name in names}
+) -> tuple[dict, dict[str, Tensor]]:  # what recipe.json holds; tensors by their names without the prefix
+    "One part of an intact checkpoint; the rest, perhaps gigabytes of a backbone, is not loaded."
+    content = read_recipe(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]
+        return content, {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def hash_weights(
     flags: ModelFlags,
 ) -> dict[str, dict]:  # flag -> path and sha256
     "Every file of weights that the flags name, with its hash."
-    names = ["checkpoint", "combiner_path", "clip_model_path", *BLIP2_ROLES.values(), "backbone_weights"]
+    checkpoints = ("checkpoint", "combiner_path", *BLIP2_ROLES.values())  # or files of the released program
     files = {}
-    for name in names:
+    for name in (*checkpoints, "clip_model_path", "backbone_weights"):
         value = getattr(flags, name)
-        if not value:
-            continue
-        if name == "backbone_weights" and Path(value).is_dir():  # the published files of BLIP-2
+        folder = find_checkpoint(value) if value and name in checkpoints else None
+        if folder:
+            files[name] = folder / "model.safetensors"
+        elif value and Path(value).is_dir():  # the published files of BLIP-2
             published = sorted(Path(value).glob("*.pth")) or list_hub_files(value)
             files |= {f"{name}/{file.name}": file for file in published}
-        else:
-            files[name] = find_weights(value)
+        elif value:
+            files[name] = Path(value)
     return {name: dict(path=str(file), sha256=hash_file(file)) for name, file in files.items() if file.is_file()}
-
-
-def hash_model(
-    model: nn.Module,
-) -> str:
-    "SHA-256 of all tensors of a model, for weights that no flag names."
-    return hash_tensors(model.state_dict())
 
 
 # A Q-Former from a file
@@ -120,9 +103,9 @@ def load_role(
     path: str | Path,  # the released program's file, or a checkpoint folder
 ):
     "Put the Q-Former of a file into a role of the backbone."
-    flag = spell_flag(BLIP2_ROLES[role])
-    if is_checkpoint(path):
-        weights = read_tensors(path, f"backbone.{role}.")
+    flag, folder = spell_flag(BLIP2_ROLES[role]), find_checkpoint(path)
+    if folder:
+        _, weights = read_part(folder, f"backbone.{role}.")
         if not weights:
             raise CalaError(
                 f"{path} is of another backbone and holds no {role} Q-Former; "
@@ -133,112 +116,97 @@ def load_role(
         if not isinstance(qformer, QFormer):
             raise CalaError(f"{path} holds a {type(qformer).__name__}; {flag} needs a Q-Former (Blip2Qformer)")
         weights = qformer.state_dict()
-    try:
-        getattr(backbone, role).load_state_dict(weights)
-    except RuntimeError as error:
-        reason = shorten_path(str(error).splitlines()[1].strip(), 160)
-        raise CalaError(
-            f"{path} is no Q-Former of this backbone's size ({reason}); check {flag} and --blip2-model-name"
-        ) from error
+    load_exactly(getattr(backbone, role), weights, "the Q-Former", f"check {flag} {path} and --blip2-model-name")
 
 
 # A composition frame from a file
 
 
-class FrameSource(NamedTuple):
-    "Which composition frame a model gets."
-
-    name: str  # sum, artemis or combiner
-    path: str | Path | None  # of its weights; None: it has none, or the model has them already
-
-
-def find_frame(
+def choose_frame(
+    model: CaLa,  # with a frame of its own; changed in place
     flags: ModelFlags,
-    own: str,  # name of the frame that the model has already
-) -> FrameSource:
-    "The frame that --combining-function and --combiner-path name."
+):
+    "Give a model the frame that --combining-function and --combiner-path name."
+    own, path = str(model.config["cir_frame"]), flags.combiner_path
     name = (flags.combining_function or own).lower()
-    if name == "sum" and flags.combiner_path and not flags.combining_function:
+    if name == "sum" and path and not flags.combining_function:
         raise CalaError(
-            f"--combiner-path {flags.combiner_path}: this model adds reference and text; "
+            f"--combiner-path {path}: this model adds reference and text; "
             "give --combining-function combiner (or artemis) too"
         )
     if name not in frames:
         raise CalaError(f"--combining-function {name}: choose one of {', '.join(frames)}")
-    if name == "sum":
-        return FrameSource(name, None)
-    path = flags.combiner_path
-    if name != own and not path:
+    if name != own and name != "sum" and not path:
         path = find_frame_checkpoint(flags, name)
         if not path:
             raise CalaError(
                 f"--combining-function {name} needs trained weights; "
                 "give --combiner-path, or a --checkpoint that was trained with it"
             )
-    if path and ignores_text(path) and not (flags.checkpoint and ignores_text(flags.checkpoint)):
-        raise CalaError(f"{path} was trained on references that were encoded without the text; give it as --checkpoint")
-    return FrameSource(name, path)
+    if name != "sum" and path:
+        model.frame = load_frame(path, name, model.backbone)
+    elif name != own:
+        model.frame = make_frame(name, model.backbone.dim)
+    model.config["cir_frame"] = name
+    check_widths(model.frame, flags)
 
 
 def find_frame_checkpoint(
     flags: ModelFlags,
     name: str,  # artemis or combiner
-) -> str | None:  # a checkpoint folder
+) -> Path | None:
     """The one checkpoint among the BLIP-2 paths that was trained with this frame.
 
     The submission command of the released program has no flag for the weights of ARTEMIS."""
-    paths = {getattr(flags, flag) for flag in BLIP2_ROLES.values()} - {None}
-    checkpoints = [path for path in paths if is_checkpoint(path)]
-    trained = [path for path in checkpoints if read_recipe(find_weights(path).parent)["model"]["cir_frame"] == name]
+    paths = [getattr(flags, flag) for flag in BLIP2_ROLES.values()]
+    folders = {find_checkpoint(path) for path in paths if path} - {None}
+    trained = [folder for folder in folders if read_recipe(folder)["model"]["cir_frame"] == name]
     return trained[0] if len(trained) == 1 else None
-
-
-def ignores_text(
-    path: str | Path,
-) -> bool:
-    "True for a checkpoint of cala-combiner whose backbone encodes the reference without the text."
-    return is_checkpoint(path) and read_recipe(find_weights(path).parent)["backbone"]["name"].endswith(":PictureAlone")
-
-
-def read_frame(
-    path: str | Path,  # the released program's file, or a checkpoint folder
-) -> nn.Module:  # in evaluation mode
-    "The frame that a file holds."
-    if not is_checkpoint(path):
-        return load_released(path).eval()
-    weights = read_tensors(path, "frame.")
-    config = read_recipe(find_weights(path).parent)["model"]
-    frame = make_frame(config["cir_frame"], feature_width(weights) or 0, **config["frame_options"] or {})
-    frame.load_state_dict(weights)
-    return frame.eval()
-
-
-def feature_width(
-    weights: dict[str, Tensor],  # of a frame
-) -> int | None:  # None: a frame without weights
-    "The width d of the features that a frame reads."
-    for name in ("text_projection_layer.weight", "transform.weight"):  # of Combiner, of ARTEMIS
-        if name in weights:
-            return weights[name].shape[1]
-    return None
 
 
 def load_frame(
     path: str | Path,  # the released program's file, or a checkpoint folder
     name: str,  # artemis or combiner
-    dim: int,  # d of the model
+    backbone: Backbone,  # of the model that gets the frame
 ) -> nn.Module:
-    "The frame of a file, which must be the one that the flags name, of the model's width."
-    frame = read_frame(path)
+    "The frame of a file, which must be the one that the flags name and belong to the backbone."
+    folder = find_checkpoint(path)
+    if folder is None:
+        frame = load_released(path)
+    else:
+        content, weights = read_part(folder, "frame.")
+        if ignores_text(content["backbone"]) and not ignores_text(backbone.config):
+            raise CalaError(
+                f"{path} was trained on references that were encoded without the text; give it as --checkpoint"
+            )
+        config = content["model"]
+        frame = make_frame(config["cir_frame"], find_width(weights), **config["frame_options"] or {})
+        frame.load_state_dict(weights)
     kind = type(frame).__name__
     if kind.lower() != name:
         raise CalaError(f"{path} holds a {kind}, and --combining-function is {name}")
-    width = feature_width(frame.state_dict())
-    if width != dim:
+    width = find_width(frame.state_dict())
+    if width != backbone.dim:
         raise CalaError(
-            f"{path} is for features of width {width}, this model's have {dim}; give the one that was trained on it"
+            f"{path} is for features of width {width}, this model's have {backbone.dim}; "
+            "give the one that was trained on it"
         )
-    return frame
+    return frame.eval()
+
+
+def ignores_text(
+    config: dict,  # of a backbone
+) -> bool:
+    "True for a backbone of cala-combiner, which encodes the reference without the text."
+    return str(config.get("name")).endswith(":PictureAlone")
+
+
+def find_width(
+    weights: dict[str, Tensor],  # of a frame
+) -> int:  # 0: a frame without matrices
+    "The width d of the features that a frame reads."
+    names = ("text_projection_layer.weight", "transform.weight")  # of Combiner, of ARTEMIS
+    return next((weights[name].shape[1] for name in names if name in weights), 0)
 
 
 def check_widths(
@@ -246,16 +214,16 @@ def check_widths(
     flags: ModelFlags,
 ):
     "--projection-dim and --hidden-dim must be those of a Combiner; other frames have none, and the flags are not read."
-    if not hasattr(frame, "combiner_layer"):
+    if not isinstance(frame, Combiner):
         return
     widths = dict(
         projection_dim=frame.text_projection_layer.out_features,
         hidden_dim=frame.combiner_layer.out_features,
     )
     for name, width in widths.items():
-        if getattr(flags, name) not in (None, width):
-            flag = f"{spell_flag(name)} {getattr(flags, name)}"
-            raise CalaError(f"{flag}: this Combiner has {width}; correct the flag or leave it out")
+        value = getattr(flags, name)
+        if value not in (None, width):
+            raise CalaError(f"{spell_flag(name)} {value}: this Combiner has {width}; correct the flag or leave it out")
 
 
 # The whole model
@@ -266,25 +234,23 @@ def make_source_backbone(
     source: str,  # blip2 or clip
 ) -> Backbone:
     "The backbone that the flags name, where no checkpoint is given."
-    options = dict(
-        weights=flags.backbone_weights,
-        tokenizer=flags.tokenizer,
-        random_weights=flags.random_weights,
-    )
+    options = dict(weights=flags.backbone_weights, tokenizer=flags.tokenizer, random_weights=flags.random_weights)
     if source == "blip2":
-        try:
-            return make_backbone(source, model_name=flags.blip2_model_name or "pretrain_vitL", **options)
-        except CalaError as error:  # its message names the flag of cala-train
-            raise CalaError(str(error).replace("--model-name", "--blip2-model-name")) from error
-    path = flags.clip_model_path
-    if path and (Path(path) / "recipe.json").is_file():
-        raise CalaError(f"--clip-model-path {path} is a checkpoint folder of cala; give it as --checkpoint")
-    options |= dict(model_name=flags.clip_model_name, weights=path or flags.backbone_weights)
+        options["model_name"] = flags.blip2_model_name
+        names = {"--model-name": "--blip2-model-name"}
+    else:
+        path = flags.clip_model_path
+        if path and (Path(path) / "recipe.json").is_file():
+            raise CalaError(f"--clip-model-path {path} is a checkpoint folder of cala; give it as --checkpoint")
+        options |= dict(model_name=flags.clip_model_name, weights=path or flags.backbone_weights)
+        names = {"--model-name": "--clip-model-name", "--backbone-weights": "--clip-model-path"}
     try:
         return make_backbone(source, **options)
     except CalaError as error:  # its message names the flags of cala-train
-        message = str(error).replace("--model-name", "--clip-model-name")
-        raise CalaError(message.replace("--backbone-weights", "--clip-model-path")) from error
+        message = str(error)
+        for name, own_name in names.items():
+            message = message.replace(name, own_name)
+        raise CalaError(message) from error
 
 
 def build_model(
@@ -293,87 +259,63 @@ def build_model(
     "The model that the flags name."
     source = find_source(flags)
     if flags.checkpoint:
-        published = dict(weights=flags.backbone_weights, tokenizer=flags.tokenizer)
-        given = {name: value for name, value in published.items() if value}  # the others are in its recipe
-        model = load_checkpoint(flags.checkpoint, **given)
+        model = load_checkpoint(flags.checkpoint, weights=flags.backbone_weights, tokenizer=flags.tokenizer)
     else:
         model = CaLa(make_source_backbone(flags, source), tac_weight=0.0, hca_weight=0.0)
     if source == "blip2":
         for role, name in BLIP2_ROLES.items():
             load_role(model.backbone, role, getattr(flags, name))
-    frame = find_frame(flags, own=str(model.config["cir_frame"]))
-    if frame.path:
-        model.frame = load_frame(frame.path, frame.name, model.backbone.dim)
-    elif frame.name != model.config["cir_frame"]:
-        model.frame = make_frame(frame.name, model.backbone.dim)
-    model.config["cir_frame"] = frame.name
-    check_widths(model.frame, flags)
-    if getattr(flags, "rerank", None) is None:
-        return model.for_retrieval()
-    check_rerank(flags, model)
-    return model.for_retrieval(rerank=True)
+    choose_frame(model, flags)
+    rerank = getattr(flags, "rerank", None)
+    if rerank is not None:
+        Reranker(model, rerank, getattr(flags, "rerank_weight", None) or 0.0)  # `CalaError` for impossible numbers
+    return model.for_retrieval(rerank=rerank is not None)
 
 
-def check_rerank(
-    flags: Any,  # with the fields of RerankFlags
-    model: CaLa,
-):
-    "`CalaError` unless the model can rank again as the flags ask."
-    if getattr(model.compositor, "reads", None) != "feature":
-        raise no_compositor(flags)
-    Reranker(model, flags.rerank, flags.rerank_weight or 0.0)
+# Flags
 
 
 def can_rank_again(
     config: dict,  # of a checkpoint's model; empty: no checkpoint
 ) -> bool:
     "False where a second ranking is impossible; known before any weights are read."
-    is_two_way = config.get("objective") == "two_way"
-    weight = config.get("tac_weight" if config.get("objective") == "released" else "beta")
-    return bool(weight) and (config.get("ctr") or ("pairs" if is_two_way else "tac")) != "tac"
-
-
-def no_compositor(
-    flags: Any,  # with the fields of RerankFlags
-) -> CalaError:  # to be raised
-    "The error about a model that cannot rank again."
-    return CalaError(
-        f"--rerank {flags.rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of "
-        "CTR above 0 (the recipe cala), or leave the flag out"
-    )
-
-
-# Data
+    objective = config.get("objective")
+    weight = config.get("tac_weight" if objective == "released" else "beta")
+    return bool(weight) and (config.get("ctr") or ("pairs" if objective == "two_way" else "tac")) != "tac"
 
 
 def fill_flags(
     flags: Flags,  # DataFlags, or others with most of its fields; changed in place
 ) -> Flags:
     "Give flags that were left out the value of the checkpoint's recipe, or the released program's default; check all."
+    given: Any = flags
     content = read_recipe(flags.checkpoint) if flags.checkpoint else {}
     recipe = content.get("recipe", {})
-    defaults = dict(transform="targetpad", target_ratio=1.25, dataset=None)
-    types = dict(transform=str, target_ratio=(int, float), dataset=str)
-    given: Any = flags
-    if getattr(given, "transform", None) is not None:
-        given.transform = given.transform.lower()
-    for name, default in defaults.items():
-        if not hasattr(flags, name) or getattr(flags, name) is not None:
-            continue
-        value = recipe.get(name) or default
-        if value is not None and not isinstance(value, types[name]):
-            raise CalaError(f"the recipe of {flags.checkpoint} has {value!r} as {name}; give {spell_flag(name)}")
-        setattr(flags, name, value)
+    defaults = dict(transform=("targetpad", str), target_ratio=(1.25, (int, float)), dataset=(None, str))
+    for name, (default, kind) in defaults.items():
+        if getattr(given, name, "no such flag") is None:
+            value = recipe.get(name) or default
+            if not isinstance(value, kind) and value is not None:
+                raise CalaError(f"the recipe of {flags.checkpoint} has {value!r} as {name}; give {spell_flag(name)}")
+            setattr(given, name, value)
+    given.transform = given.transform.lower()
     if hasattr(given, "protocol"):
         given.protocol = given.protocol.lower()
     check_data_flags(given)
-    if getattr(given, "rerank_weight", None) is not None and given.rerank is None:
+    rerank = getattr(given, "rerank", None)
+    if rerank is None and getattr(given, "rerank_weight", None) is not None:
         raise CalaError("--rerank-weight belongs to --rerank; give both, or leave both out")
-    if getattr(given, "rerank", None) is not None and not can_rank_again(content.get("model", {})):
-        raise no_compositor(given)
-    if getattr(given, "device", None) is not None:
+    if rerank is not None and not can_rank_again(content.get("model", {})):
+        raise CalaError(
+            f"--rerank {rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of CTR "
+            "above 0 (the recipe cala), or leave the flag out"
+        )
+    if given.device is not None:
         find_device(given.device)  # before data and weights are read
     return flags
+
+
+# Data
 
 
 def open_split(
@@ -385,13 +327,12 @@ def open_split(
     if name not in ("cirr", "fashioniq", "circo"):
         given = f"no data set {flags.dataset!r}" if name else "no data set is named"
         raise CalaError(f"{given}; give --dataset CIRR, FashionIQ or CIRCO, or a --checkpoint that knows it")
-    gallery_of, text_form = getattr(flags, "gallery", "split"), getattr(flags, "text_form", "both")
-    if text_form != "both" and name != "fashioniq":
+    if flags.text_form != "both" and name != "fashioniq":
         raise CalaError("--text-form: only FashionIQ has two sentences that can be joined; leave it out")
     if name == "circo":
-        if gallery_of != "split":
+        if flags.gallery != "split":
             raise CalaError("--gallery: both splits of CIRCO have one gallery; leave it out")
-        if getattr(flags, "rerank", None) is not None:
+        if flags.rerank is not None:
             raise CalaError("--rerank: CIRCO is not ranked again yet; leave the flag out")
         return CIRCO(flags.data_root, split, shared_concept=flags.shared_concept, follow_links=flags.follow_links)
     if flags.shared_concept:
@@ -402,8 +343,8 @@ def open_split(
         split,
         categories=flags.categories,
         protocol=flags.protocol,
-        text_form=text_form,
-        gallery_of=gallery_of,
+        text_form=flags.text_form,
+        gallery_of=flags.gallery,
         follow_links=flags.follow_links,
     )
 
@@ -411,24 +352,18 @@ def open_split(
 def set_transform(
     dataset: Triplets,  # CIRR, FashionIQ or CIRCO; changed in place
     model: CaLa,
-    flags: DataFlags,  # from `fill_flags`
+    flags: Any,  # from `fill_flags`: transform and target_ratio
 ):
     "Let a data set read pictures as the flags say and the model's backbone needs them."
-    kind, ratio = flags.transform or "targetpad", flags.target_ratio or 1.25
-    dataset.gallery.transform = model.backbone.transform(kind, ratio)
+    dataset.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
 
 
 def find_device(
     name: str | None = None,  # as torch calls it; None: the GPU of this machine (CUDA, or MPS of a Mac), or the CPU
 ) -> torch.device:
     "The device to work on; the choice is that of Accelerate, so that all commands agree with cala-train."
-    if name is None:
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
-    name = str(name).lower()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = best if name is None else str(name).lower()
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise CalaError(f"--device {name}: give cpu, cuda, cuda:1, mps or xpu")
     try:
@@ -469,5 +404,6 @@ def embed_dataset(
     else:
         dtype, workers = flags.cache_dtype, flags.num_workers
         use_caches(model, [dataset], flags.cache, folder, dtype=dtype, num_workers=workers)
-    with torch.autocast(device.type, AUTOCAST.get(flags.precision), enabled=flags.precision in AUTOCAST):
+    half = PRECISIONS.get(flags.precision)
+    with torch.autocast(device.type, half, enabled=half is not None):
         return embed(model, dataset, flags.batch_size, device, flags.num_workers)

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..composition import Combiner
@@ -108,7 +107,8 @@ class MtebModel:
         pictures, texts = batch.get("image"), batch.get("query", batch.get("text"))  # query: without mteb's instruction
         frame: Any = self.model.frame  # Sum or Combiner
         if pictures is not None:
-            tokens = self.model.tokens(self.read_pictures(pictures))
+            pixels = [self.transform(make_rgb(picture)) for picture in pictures]  # as the model was trained on them
+            tokens = self.model.tokens(torch.stack(pixels).to(self.device))
         if pictures is not None and texts is not None:
             return frame.query(*self.model.embed_queries(tokens, list(texts))).float()
         if pictures is not None:
@@ -116,13 +116,6 @@ class MtebModel:
         if texts is not None:
             return F.normalize(self.model.backbone.text(list(texts)).feature.float(), dim=-1)
         raise CalaError(f"this model reads pictures and texts, and the task has {', '.join(batch)}")
-
-    def read_pictures(
-        self,
-        pictures: list[Image.Image],  # B, of any size and mode
-    ) -> Tensor:  # (B, 3, size, size), on the device
-        "Pictures as the model was trained on them."
-        return torch.stack([self.transform(make_rgb(picture)) for picture in pictures]).to(self.device)
 
     def similarity(
         self,

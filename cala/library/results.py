@@ -27,16 +27,15 @@ from ..retrieval import chance
 from ..retrieval import image_only
 from ..retrieval import measure
 from ..retrieval import text_only
+from ..trust import hash_tensors
 from .checkpoint import read_recipe
 from .circo import CIRCO
 from .circo import circo_baselines
 from .circo import measure_circo
-from .files import find_whole_folder
 from .files import write_atomically
 from .flags import DataFlags
 from .flags import RerankFlags
 from .loading import find_device
-from .loading import hash_model
 from .loading import hash_weights
 
 RESULT_FILES = ("result.json", "result.csv", "ranks.csv")
@@ -169,22 +168,24 @@ def describe_aspects(
     result: Result,
 ) -> str:  # "" if the result has no semantic aspects
     "The mAP@10 of the queries of each semantic aspect of CIRCO."
-    values = {key.removesuffix("_map_at10"): value for key, value in result.items() if key.endswith("_map_at10")}
-    if not values:
-        return ""
-    parts = [f"{aspect.replace('_', ' ')} {value:.2f}" for aspect, value in values.items()]
-    return f"mAP@10 by semantic aspect: {', '.join(parts)}"
+    parts = [
+        f"{key.removesuffix('_map_at10').replace('_', ' ')} {value:.2f}"
+        for key, value in result.items()
+        if key.endswith("_map_at10")
+    ]
+    return f"mAP@10 by semantic aspect: {', '.join(parts)}" if parts else ""
 
 
 def describe_bounds(
     result: Result,
 ) -> str:  # "" if no recall depends on the order of tied pictures
     "Between which values each recall lies that depends on the order of tied pictures."
-    recalls = [key for key in result if is_shown(key) and f"lowest_{key}" in result]
-    if not recalls:
-        return ""
-    bounds = [f"{label_metric(key)} {result[f'lowest_{key}']:.2f} to {result[f'highest_{key}']:.2f}" for key in recalls]
-    return f"in the worst and the best order of tied pictures: {', '.join(bounds)}"
+    parts = [
+        f"{label_metric(key)} {result[f'lowest_{key}']:.2f} to {result[f'highest_{key}']:.2f}"
+        for key in result
+        if f"lowest_{key}" in result and is_shown(key)
+    ]
+    return f"in the worst and the best order of tied pictures: {', '.join(parts)}" if parts else ""
 
 
 def describe_run(
@@ -192,17 +193,14 @@ def describe_run(
     model: CaLa,  # that was measured
 ) -> dict:
     "Where a number comes from: flags, recipe, weights, versions, device."
-    recipe = {}
-    if flags.checkpoint:
-        file = find_whole_folder(flags.checkpoint) / "recipe.json"
-        recipe = json.loads(file.read_bytes())["recipe"]
+    recipe = read_recipe(flags.checkpoint)["recipe"] if flags.checkpoint else {}
     recipe.pop("api_key", None)
     return dict(
         flags=asdict(flags),
         recipe=recipe,
         backbone=model.backbone.name,
         frame=model.config["cir_frame"],
-        weights=hash_weights(flags) or dict(tensors=dict(sha256=hash_model(model))),
+        weights=hash_weights(flags) or dict(tensors=dict(sha256=hash_tensors(model.state_dict()))),
         versions=dict(cala=__version__, torch=torch.__version__, python=platform.python_version()),
         device=str(find_device(flags.device)),
     )

@@ -7,9 +7,12 @@ The reference of a query is never named.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
+
+from torch import Tensor
 
 from ..annotations import Triplet
 from ..data import CIRR
@@ -19,6 +22,7 @@ from ..errors import count_things
 from ..rerank import Reranker
 from ..retrieval import Embedded
 from ..retrieval import evaluating
+from .files import make_output_folder
 from .files import write_atomically
 from .gallery import Top
 from .gallery import top_k
@@ -45,33 +49,17 @@ def check_submittable(
 # Writing
 
 
-def make_submission(
-    metric: str,  # recall or recall_subset
-    best: Top,
-    dataset: CIRR,
-) -> dict:
-    "The content of one file: the names of the best pictures, by pair id."
-    names = dataset.gallery.names
-    content: dict[str, Any] = dict(version="rc2", metric=metric)
-    for triplet, positions in zip(dataset.triplets, best.positions.tolist()):
-        content[triplet.pair_id] = [names[position] for position in positions]
-    return content
-
-
 def sort_again(
     reranker: Reranker,
     top: Top,
     embedded: Embedded,  # of the data set
     dataset: CIRR,
-) -> Top:  # the same pictures in another order; the scores are those of QTM
+) -> Tensor:  # (Q, k) gallery positions on the CPU
     "The best pictures, with the first of them ranked again."
-    own = embedded.gallery[dataset.references]
     place = embedded.gallery.device
-    query = embedded.reference, embedded.text, own
+    query = embedded.reference, embedded.text, embedded.gallery[dataset.references]
     with evaluating(reranker.model):
-        positions = reranker.sort(top.positions.to(place), top.scores.to(place), query, embedded.gallery).cpu()
-    order = (positions[:, :, None] == top.positions[:, None]).long().argmax(2)
-    return Top(positions, top.scores.gather(1, order))
+        return reranker.sort(top.positions.to(place), top.scores.to(place), query, embedded.gallery).cpu()
 
 
 def write_cirr_submission(
@@ -84,20 +72,16 @@ def write_cirr_submission(
 ) -> tuple[Path, Path]:  # both files, checked
     "Rank, write both files, read them again and check them."
     check_submittable(dataset)
+    folder, names = make_output_folder(folder), dataset.gallery.names
     features = embedded.reference, embedded.text, embedded.gallery
-    best = {
-        "recall": top_k(frame, *features, 50, exclude=dataset.references),
-        "recall_subset": top_k(frame, *features, 5, exclude=dataset.references, among=dataset.groups),
-    }
-    if reranker is not None:
-        best = {metric: sort_again(reranker, top, embedded, dataset) for metric, top in best.items()}
-    best["recall_subset"] = Top(*(column[:, :3] for column in best["recall_subset"]))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for metric in SUBMISSION_SIZES:
+    for metric, k, among in (("recall", 50, None), ("recall_subset", 5, dataset.groups)):
+        top = top_k(frame, *features, k, exclude=dataset.references, among=among)
+        best = top.positions if reranker is None else sort_again(reranker, top, embedded, dataset)
+        content = dict(version="rc2", metric=metric)
+        for triplet, positions in zip(dataset.triplets, best[:, : SUBMISSION_SIZES[metric]].tolist()):
+            content[triplet.pair_id] = [names[position] for position in positions]
         path = folder / f"{metric}_submission_{name}.json"
-        content = make_submission(metric, best[metric], dataset)
         write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
         paths.append(check_cirr_submission(path, dataset))
     return paths[0], paths[1]
@@ -125,25 +109,31 @@ def submission_faults(
     content, faults = read_submission(path)
     if not content:
         return faults or ["it is empty"]
-    size, metric = Path(path).stat().st_size, content.pop("metric", None)
-    if size > SUBMISSION_BYTES:
-        faults.append(f"it has {size:,} bytes, the server takes {SUBMISSION_BYTES:,}")
-    version = content.pop("version", None)
+    length, version, metric = Path(path).stat().st_size, content.pop("version", None), content.pop("metric", None)
+    if length > SUBMISSION_BYTES:
+        faults.append(f"it has {length:,} bytes, the server takes {SUBMISSION_BYTES:,}")
     if version != "rc2":
         faults.append(f"version is {version!r}, not 'rc2'")
     if metric not in SUBMISSION_SIZES:
         return [*faults, f"metric is {metric!r}, not 'recall' or 'recall_subset'"]
-    triplets, names = {triplet.pair_id: triplet for triplet in dataset.triplets}, set(dataset.gallery.names)
-    missing = [pair for pair in triplets if pair not in content]
-    if missing:
-        faults.append(f"pair ids are missing: {len(missing)} of {len(triplets)}, the first is {missing[0]}")
-    unknown = [key for key in content if key not in triplets]
-    if unknown:
-        faults.append(f"keys are no pair id of {dataset.split}: {len(unknown)}, the first is {unknown[0]}")
-    answers = {pair: answer for pair, answer in content.items() if pair in triplets}
-    return faults + count_faults(
-        (pair, answer_fault(answer, triplets[pair], metric, names)) for pair, answer in answers.items()
-    )
+    size, names = SUBMISSION_SIZES[metric], set(dataset.gallery.names)
+
+    def find_fault(answer: Any, triplet: Triplet) -> str:
+        if not isinstance(answer, list) or not all(isinstance(name, str) for name in answer):
+            return "the answer is no list of names"
+        if len(answer) != size:
+            return f"the answer does not name {size} pictures"
+        if len(set(answer)) < len(answer):
+            return "a picture is named twice"
+        if triplet.reference in answer:
+            return "the reference is named"
+        if not names.issuperset(answer):
+            return "a picture is not in the split"
+        if metric == "recall_subset" and not set(triplet.group).issuperset(answer):
+            return "a picture is outside the group"
+        return ""
+
+    return faults + find_faults(content, dataset, "pair id", "pair ids", find_fault)
 
 
 def read_submission(
@@ -171,39 +161,27 @@ def read_submission(
     return content, []
 
 
-def answer_fault(
-    answer: list,  # names, if it is right
-    triplet: Triplet,
-    metric: str,  # recall or recall_subset
-    names: set[str],  # of the split
-) -> str:  # "" if the answer is right
-    "The fault of the answer to one query."
-    size = SUBMISSION_SIZES[metric]
-    if not isinstance(answer, list) or not all(isinstance(name, str) for name in answer):
-        return "the answer is no list of names"
-    if len(answer) != size:
-        return f"the answer does not name {size} pictures"
-    if len(set(answer)) < len(answer):
-        return "a picture is named twice"
-    if triplet.reference in answer:
-        return "the reference is named"
-    if not names.issuperset(answer):
-        return "a picture is not in the split"
-    if metric == "recall_subset" and not set(triplet.group).issuperset(answer):
-        return "a picture is outside the group"
-    return ""
-
-
-def count_faults(
-    faults: Iterable[tuple[str, str]],  # pair id and fault
+def find_faults(
+    content: dict,  # of a submission file: query -> answer
+    dataset: Triplets,  # the split that it answers
+    query: str,  # what a query is called
+    queries: str,  # several of them
+    find_fault: Callable,  # answer, triplet -> what is wrong with the answer; "" if it is right
 ) -> list[str]:
-    "One line for each kind of fault: how many queries have it, and the first of them."
-    pairs_of = {}
-    for pair, fault in faults:
+    "Faults of the keys, and for each kind of fault of an answer how many queries have it."
+    triplets = {triplet.pair_id: triplet for triplet in dataset.triplets}
+    faults = []
+    missing = [key for key in triplets if key not in content]
+    if missing:
+        faults.append(f"{queries} are missing: {len(missing)} of {len(triplets)}, the first is {missing[0]}")
+    unknown = [key for key in content if key not in triplets]
+    if unknown:
+        faults.append(f"keys are no {query} of {dataset.split}: {len(unknown)}, the first is {shorten(unknown[0])}")
+    keys_of = {}  # fault of an answer -> queries that have it
+    for key, answer in content.items():
+        if key in triplets:
+            keys_of.setdefault(find_fault(answer, triplets[key]), []).append(key)
+    for fault, keys in keys_of.items():
         if fault:
-            pairs_of.setdefault(fault, []).append(pair)
-    lines = []
-    for fault, pairs in pairs_of.items():
-        count = count_things(len(pairs), "query", "queries")
-        lines.append(f"{fault} ({count}, the first is {pairs[0]})")
-    return lines
+            faults.append(f"{fault} ({count_things(len(keys), 'query', 'queries')}, the first is {keys[0]})")
+    return faults
