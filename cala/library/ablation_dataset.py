@@ -181,13 +181,15 @@ def measure_run(
     _, validation = open_data(recipe, model)
     choice = open_held_out(recipe, model) if recipe.holdout else validation
     options: dict[str, Any] = dict(batch_size=max(64, recipe.batch_size), workers=recipe.num_workers, progress=False)
-    embedded = [embed(model, each, **options) for each in choice]
-    kept = [embed(model, each, **options) for each in validation] if recipe.holdout else embedded
-    row = report("choice", measure(model.frame, embedded, choice))
-    row |= report("kept", measure(model.frame, kept, validation))
+    of_choice = [embed(model, each, **options) for each in choice]
+    of_validation = of_choice
+    if recipe.holdout:
+        of_validation = [embed(model, each, **options) for each in validation]
+    row = report("choice", measure(model.frame, of_choice, choice))
+    row |= report("kept", measure(model.frame, of_validation, validation))
     if getattr(model.compositor, "reads", None) == "feature":
-        weight = best_weight(sweep_weights(model, choice, embedded=embedded))
-        row |= report("again", evaluate_again(Reranker(model, weight=weight), validation, kept))
+        weight = best_weight(sweep_weights(model, choice, embedded=of_choice))
+        row |= report("again", evaluate_again(Reranker(model, weight=weight), validation, of_validation))
         row["again_weight"] = weight
     return row
 

@@ -142,22 +142,15 @@ def audit_dataset(
         result.missing += missing
         result.broken += broken
     annotation_folders = {str(path.parent.relative_to(folder)) for path in find_annotations(folder, name).values()}
-    picture_folders = {picture_folder(path, folder) for path in there}
+    picture_folders = set()  # such as train, images, img_raw/train, or . for the data set's own
+    for parts in {path.relative_to(folder).parts[:-1] for path in there}:
+        depth = 2 if parts and parts[0] in PICTURE_FOLDERS else 1
+        picture_folders.add(str(PurePath(*parts[:depth])))
     pictures = f"pictures in {', '.join(sorted(picture_folders))}" if there else "no pictures"
     elsewhere = sum(escapes_root(path, folder) for path in there) if follow_links else 0
     if elsewhere:
         pictures += f", {elsewhere:,} of them outside this folder, where links lead"
     result.places.append(f"{name} in {folder}: annotations in {', '.join(sorted(annotation_folders))}; {pictures}")
-
-
-def picture_folder(
-    path: Path,  # of a picture
-    folder: Path,  # of the data set
-) -> str:
-    "The folder of a picture, relative to the data set: train, images, img_raw/train, or . for the data set's own."
-    parts = path.relative_to(folder).parts[:-1]
-    depth = 2 if parts and parts[0] in PICTURE_FOLDERS else 1
-    return str(PurePath(*parts[:depth]))
 
 
 def audit_pictures(

@@ -660,7 +660,7 @@ def describe_conditions(
 ) -> dict[str, Any]:  # device: the name of the GPU, or of the processor with the number of threads; versions; command
     "What a measured time depends on."
     name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    models = re.findall("model name\\s*: (.+)", cpus.read_text()) if cpus.exists() else []
+    models = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else []
     name = f"{device.type}: {[*models, name][0]}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

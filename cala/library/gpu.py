@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import cached_property
@@ -96,7 +97,7 @@ def make_row(
     return {"name": name, "value": value, "of limit": f"{amount / seconds / limit:.1%}"}
 
 
-# The parts; each gives rows with `name`, `value` and `of limit` for the table at the end
+# The parts; each gives rows with `name`, `value` and `of limit` for the table at the end; rows before an error count
 
 
 def run_tests(
@@ -124,24 +125,23 @@ def run_tests(
 def measure_step(
     bench: Bench,
     seconds: float,  # unused: the number of repeats is fixed
-) -> list[dict[str, str]]:
+) -> Iterator[dict[str, str]]:
     "Steps of all levels, AdamW, and the ten largest kernels of a step."
     model = bench.model
     data = draw_batch_world(bench.flags, model, bench.folder / "world")
     steps = measure_steps(bench.flags, model, data, bench.folder, bench.device)
     print(steps.to_string(index=False))
-    rows = []
     for step in steps.to_dict("records"):
         name, seconds = f"step, {step['mode']}, {step['level']}", step["seconds"]
         value = f"{seconds:.4f} s, loss {step['loss']:.4f}, {format_bytes(step['memory'])}"
         if not bench.flags.dry:
             value += f", speed-up {step['ratio']:.2f}"
-        rows.append(make_row(name, value, step["flops"], seconds, bench.limits.flops))
+        yield make_row(name, value, step["flops"], seconds, bench.limits.flops)
     update = measure_optimizer(bench.flags, model)
     seconds = update["fused"]
-    rows.append(make_row("AdamW, fused", f"{seconds:.4f} s", update["bytes"], seconds, bench.limits.bandwidth))
+    yield make_row("AdamW, fused", f"{seconds:.4f} s", update["bytes"], seconds, bench.limits.bandwidth)
     batch = collate_first(data, bench.flags.batch_size)
-    return rows + list_kernels(bench, partial(run_step, bench.flags, model.train(), batch, bench.device))
+    yield from list_kernels(bench, partial(run_step, bench.flags, model.train(), batch, bench.device))
 
 
 def list_kernels(
@@ -166,9 +166,9 @@ def list_kernels(
 def measure_trunks(
     bench: Bench,
     seconds: float,  # unused
-) -> list[dict[str, str]]:
+) -> Iterator[dict[str, str]]:
     "The trunks of CLIP RN50x4 and of BLIP-2 in bf16."
-    flags, rows = bench.flags, []
+    flags = bench.flags
     for name, options in dict(clip=dict(model_name="RN50x4"), blip2={}).items():
         backbone = make_backbone(name, **options, random_weights=flags.size, precision="bf16").to(bench.device).eval()
         pictures = torch.randn(flags.batch_size, 3, backbone.size, backbone.size, device=bench.device)
@@ -178,14 +178,13 @@ def measure_trunks(
         seconds = time_call(read, flags.repeats)
         title = " ".join(["trunk of", name, *options.values()])
         value = f"{len(pictures) / seconds:,.0f} pictures/s"
-        rows.append(make_row(title, value, counter.get_total_flops(), seconds, bench.limits.flops))
-    return rows
+        yield make_row(title, value, counter.get_total_flops(), seconds, bench.limits.flops)
 
 
 def measure_large_ranking(
     bench: Bench,
     seconds: float,  # unused
-) -> list[dict[str, str]]:
+) -> Iterator[dict[str, str]]:
     "Rank a million pictures for ten thousand queries, in float32."
     queries, pictures, width = (1_000, 10_000, 64) if bench.flags.dry else (10_000, 1_000_000, 640)
     gallery = torch.randn(pictures, width, device=bench.device)
@@ -193,24 +192,22 @@ def measure_large_ranking(
     targets = torch.randint(pictures, (queries,))
     seconds = time_call(partial(rank_queries, Sum(), reference, text, gallery, targets), bench.flags.repeats)
     title, flops = f"{queries:,} queries, {pictures:,} pictures", 2 * queries * pictures * width
-    return [make_row(title, f"{seconds:.2f} s", flops, seconds, bench.limits.flops32)]
+    yield make_row(title, f"{seconds:.2f} s", flops, seconds, bench.limits.flops32)
 
 
 def measure_short_epoch(
     bench: Bench,
     seconds: float,  # unused
-) -> list[dict[str, str]]:
+) -> Iterator[dict[str, str]]:
     "A few steps and a validation with loading, extrapolated to an epoch of CIRR."
-    rows = []
     for epoch in measure_epoch(bench.flags, bench.model, bench.folder / "short", bench.device).to_dict("records"):
         factor = CIRR_TRIPLETS / epoch["triplets"]
         for layout in ("released", "ours"):
             training, validation = (epoch[f"{layout}_{name}"] * factor for name in ("training", "validation"))
             title = f"epoch of CIRR, extrapolated, {epoch['mode']}, {layout}"
             value = f"{training:,.0f} s, validation {validation:,.0f} s, from {epoch['triplets']} triplets"
-            rows.append(make_row(title, value, epoch[f"{layout}_flops"] * factor, training, bench.limits.flops))
-        rows.append(dict(name=f"recalls, {epoch['mode']}", value=f"differ by {epoch['recalls']:.2g} at most"))
-    return rows
+            yield make_row(title, value, epoch[f"{layout}_flops"] * factor, training, bench.limits.flops)
+        yield dict(name=f"recalls, {epoch['mode']}", value=f"differ by {epoch['recalls']:.2g} at most")
 
 
 PARTS = dict(
@@ -234,9 +231,10 @@ def run_part(
     if seconds < LAST_CHANCE:
         return dict(state="left out", seconds=0.0, rows=rows, note="the time was over")
     try:
-        rows = part(bench, seconds)
-        if any(row["name"] == "failed" for row in rows):
-            state = "failed"
+        for row in part(bench, seconds):
+            rows.append(row)
+            if row["name"] == "failed":
+                state = "failed"
     except Exception as error:  # whatever it is, the other parts are still worth their time
         state, note = "failed", f"{type(error).__name__}: {one_line(error)[:300]}"
         if not isinstance(error, CalaError):
