@@ -287,6 +287,16 @@ def resolve(
     return values
 
 
+def find_compositor(
+    values: dict,  # objective, ctr, tac_weight and beta, of a recipe or of a model's config
+) -> str | None:
+    "The compositor of CTR, such as tac or pairs; None where CTR has no weight."
+    objective = values.get("objective")
+    weight = values.get("tac_weight" if objective == "released" else "beta")
+    default = "pairs" if objective == "two_way" else "tac"
+    return (values.get("ctr") or default) if weight else None
+
+
 def run_folder(
     recipe: Recipe,  # of the run
 ) -> Path:

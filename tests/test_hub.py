@@ -57,6 +57,19 @@ def test_nothing_that_is_saved_names_a_folder_of_this_machine(checkpoint, tmp_pa
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "saved").iterdir())
 
 
+def test_a_checkpoint_of_cala_combiner_names_no_folder_either(tmp_path):
+    secret = str(tmp_path / "secret")
+    model = tiny()
+    model.backbone.config = dict(
+        name="cala.library.combiner:PictureAlone", of=dict(model.backbone.config, weights=secret)
+    )
+    weights = dict(checkpoint=dict(path=secret, sha256="0"))
+    save_checkpoint(model, tmp_path / "best", dict(checkpoint=secret, combiner_path=secret, weights=weights, seed=3))
+    HubCheckpoint(tmp_path / "best").save_pretrained(tmp_path / "saved")
+    assert read_recipe(tmp_path / "saved")["recipe"] == dict(weights=dict(checkpoint=dict(sha256="0")), seed=3)
+    assert not any(secret.encode() in path.read_bytes() for path in (tmp_path / "saved").iterdir())
+
+
 def test_the_card_tells_recipe_and_results(checkpoint):
     card = HubCheckpoint(checkpoint).generate_model_card(name="me/cala-cirr", license="mit")
     assert card.data.license == "mit" and card.data.library_name == "cala"

@@ -430,7 +430,7 @@ def refuse_model(
     place: str | Path,  # of a file or folder
     content: str,  # what it holds instead
     others: list[str],  # the models to which that belongs; keys of `PUBLISHED`
-    model_name: str,  # the model that was asked for
+    model_name: str,  # of --model-name
 ):
     "Raise the error for the weights of another model."
     advice = f"give --model-name {' or '.join(others)}" if others else advise_files(model_name)

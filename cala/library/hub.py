@@ -34,11 +34,14 @@ from .checkpoint import seal
 from .files import check_output_folder
 from .files import find_whole_folder
 from .files import write_atomically
+from .flags import BLIP2_ROLES
 from .results import is_shown
 from .results import label_metric
 
 FILES = "model.safetensors", "recipe.json", "config.json", "README.md"
-PRIVATE = {*PLACES, "resume", "tokenizer", "workspace", "comet_offline"}  # fields of a recipe that tell about a machine
+# Fields that tell about a machine: of a recipe, of a backbone's config, and of the list of weights in a recipe.
+PRIVATE = {*PLACES, "resume", "tokenizer", "workspace", "comet_offline", "checkpoint", "combiner_path"}
+PRIVATE |= {"clip_model_path", *BLIP2_ROLES.values(), "weights", "path"}
 SNAPSHOT_OPTIONS = "revision", "cache_dir", "force_download", "local_files_only", "token"  # of snapshot_download
 TAGS = ["composed-image-retrieval", "cala"]
 NAME = "your-name/your-model"  # in a model card that was not made for an upload
@@ -159,10 +162,8 @@ class HubCheckpoint(ModelHubMixin, library_name="cala", tags=TAGS):
         "Write weights and recipe without what tells about the machine."
         check_output_folder(save_directory, FILES, advice="choose another folder")
         shutil.copyfile(self.folder / "model.safetensors", save_directory / "model.safetensors")
-        content = {name: value for name, value in self.content.items() if name != "seal"}
-        for part, private in (("recipe", PRIVATE), ("backbone", {"weights", "tokenizer"})):
-            content[part] = {name: value for name, value in content[part].items() if name not in private}
-        content["beside"] = {}
+        content = drop_private(self.content) | dict(beside={})
+        del content["seal"]
         about = dict(library="cala", version=__version__, backbone=content["backbone"].get("name"))
         for file, value in (("recipe.json", seal(content)), ("config.json", about)):
             write_atomically(save_directory / file, json.dumps(value, indent=1).encode())
@@ -176,11 +177,19 @@ class HubCheckpoint(ModelHubMixin, library_name="cala", tags=TAGS):
         return cls(snapshot_download(model_id, allow_patterns=list(FILES), **known))
 
 
+def drop_private(
+    values: dict,  # of a recipe.json, or a part of it
+) -> dict:
+    "The values without those that tell about a machine, at every depth."
+    shared = {name: value for name, value in values.items() if isinstance(value, dict) or name not in PRIVATE}
+    return {name: drop_private(value) if isinstance(value, dict) else value for name, value in shared.items()}
+
+
 def describe_training(
     recipe: dict,  # of a recipe.json
 ) -> str:
     "The command line of a recipe, or its values where another command than cala-train wrote it."
-    values = {key: value for key, value in recipe.items() if value is not None and key not in PRIVATE}
+    values = {name: value for name, value in drop_private(recipe).items() if value is not None}
     if not values:
         return "The checkpoint does not tell."
     if set(values) <= {each.name for each in fields(Recipe)}:

@@ -28,6 +28,7 @@ from ..encoders import make_backbone
 from ..errors import CalaError
 from ..model import CaLa
 from ..qformer import QFormer
+from ..recipe import find_compositor
 from ..recipe import spell_flag
 from ..rerank import Reranker
 from ..retrieval import Embedded
@@ -275,15 +276,6 @@ def build_model(
 # Flags
 
 
-def can_rank_again(
-    config: dict,  # of a checkpoint's model; empty: no checkpoint
-) -> bool:
-    "False where a second ranking is impossible; known before any weights are read."
-    objective = config.get("objective")
-    weight = config.get("tac_weight" if objective == "released" else "beta")
-    return bool(weight) and (config.get("ctr") or ("pairs" if objective == "two_way" else "tac")) != "tac"
-
-
 def fill_flags(
     flags: Flags,  # DataFlags, or others with most of its fields; changed in place
 ) -> Flags:
@@ -305,7 +297,7 @@ def fill_flags(
     rerank = getattr(given, "rerank", None)
     if rerank is None and getattr(given, "rerank_weight", None) is not None:
         raise CalaError("--rerank-weight belongs to --rerank; give both, or leave both out")
-    if rerank is not None and not can_rank_again(content.get("model", {})):
+    if rerank is not None and find_compositor(content.get("model", {})) in (None, "tac"):
         raise CalaError(
             f"--rerank {rerank}: this model has no compositor of pairs; train with --ctr pairs and a weight of CTR "
             "above 0 (the recipe cala), or leave the flag out"
@@ -349,15 +341,6 @@ def open_split(
     )
 
 
-def set_transform(
-    dataset: Triplets,  # CIRR, FashionIQ or CIRCO; changed in place
-    model: CaLa,
-    flags: Any,  # from `fill_flags`: transform and target_ratio
-):
-    "Let a data set read pictures as the flags say and the model's backbone needs them."
-    dataset.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
-
-
 def find_device(
     name: str | None = None,  # as torch calls it; None: the GPU of this machine (CUDA, or MPS of a Mac), or the CPU
 ) -> torch.device:
@@ -373,37 +356,26 @@ def find_device(
         raise CalaError(f"--device {name}: {reason}; try --device cpu") from error
 
 
-def keep_features(
-    model: CaLa,  # on its device
-    dataset: Any,  # CIRCO; changed in place
-    folder: Path,  # holds all caches
-    flags: DataFlags,  # batch_size and num_workers
-):
-    """Read the features of CIRCO's gallery from disk; compute those that are not there yet.
-
-    The trunk's tokens of 123,403 pictures would fill tens of gigabytes. The features fill a thousandth of that, serve
-    both splits, and can be used again by every command that measures the same weights."""
-    model.requires_grad_(False)
-    side = TargetSide(model.backbone, keep_tokens=False)
-    features = cache_targets(side, dataset.gallery, folder, batch_size=flags.batch_size, num_workers=flags.num_workers)
-    # Tokens of the references are computed from their pictures, which the gallery reads.
-    dataset.pictures, dataset.target_pictures = CachedReferences(dataset.gallery, features), features
-
-
 def embed_dataset(
     model: CaLa,
-    dataset: Triplets,  # CIRR, FashionIQ or CIRCO
-    flags: DataFlags,  # batch_size, num_workers, device, precision and the cache
+    dataset: Any,  # CIRR, FashionIQ or CIRCO; changed in place
+    flags: DataFlags,  # batch_size, num_workers, device, precision, the cache, and the transform of the pictures
 ) -> Embedded:  # float32
-    "`embed`, on the device, in the precision and with the cache of the flags."
+    "`embed` as the flags say; a data set with a transform of its own keeps it."
     device = find_device(flags.device)
-    folder = cache_folder(flags.cache_dir, flags.data_root)
+    folder, size, workers = cache_folder(flags.cache_dir, flags.data_root), flags.batch_size, flags.num_workers
     model.to(device)
+    if dataset.gallery.transform is None:
+        dataset.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
     if isinstance(dataset, CIRCO) and flags.cache != "off":
-        keep_features(model, dataset, folder, flags)
+        # The trunk's tokens of 123,403 pictures would fill tens of gigabytes. The features fill a thousandth of that,
+        # serve both splits, and can be used again by every command that measures the same weights. The tokens of the
+        # references are computed from their pictures, which the gallery reads.
+        side = TargetSide(model.requires_grad_(False).backbone, keep_tokens=False)
+        features = cache_targets(side, dataset.gallery, folder, batch_size=size, num_workers=workers)
+        dataset.pictures, dataset.target_pictures = CachedReferences(dataset.gallery, features), features
     else:
-        dtype, workers = flags.cache_dtype, flags.num_workers
-        use_caches(model, [dataset], flags.cache, folder, dtype=dtype, num_workers=workers)
+        use_caches(model, [dataset], flags.cache, folder, dtype=flags.cache_dtype, num_workers=workers)
     half = PRECISIONS.get(flags.precision)
     with torch.autocast(device.type, half, enabled=half is not None):
-        return embed(model, dataset, flags.batch_size, device, flags.num_workers)
+        return embed(model, dataset, size, device, workers)

@@ -109,9 +109,8 @@ class MtebModel:
         if pictures is not None:
             pixels = [self.transform(make_rgb(picture)) for picture in pictures]  # as the model was trained on them
             tokens = self.model.tokens(torch.stack(pixels).to(self.device))
-        if pictures is not None and texts is not None:
-            return frame.query(*self.model.embed_queries(tokens, list(texts))).float()
-        if pictures is not None:
+            if texts is not None:
+                return frame.query(*self.model.embed_queries(tokens, list(texts))).float()
             return F.normalize(self.model.embed_gallery(tokens).float(), dim=-1)
         if texts is not None:
             return F.normalize(self.model.backbone.text(list(texts)).feature.float(), dim=-1)

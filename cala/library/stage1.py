@@ -33,9 +33,8 @@ def made_with(
     settings: dict,  # what it should be made with
 ) -> bool:
     "True if `path` exists and its note has the same settings."
-    path = Path(path)
     try:
-        return path.exists() and json.loads(_note(path).read_text(encoding="utf-8")) == settings
+        return Path(path).exists() and json.loads(Path(f"{path}.made.json").read_text(encoding="utf-8")) == settings
     except (OSError, ValueError):
         return False
 
@@ -45,8 +44,4 @@ def note_made(
     settings: dict,  # what it was made with
 ):
     "Write the note of a file or folder."
-    write_atomically(_note(Path(path)), json.dumps(settings).encode())
-
-
-def _note(path):
-    return path.with_name(f"{path.name}.made.json")
+    write_atomically(f"{path}.made.json", json.dumps(settings).encode())

@@ -49,7 +49,6 @@ def main(
     circo.check_circo_submittable(data)
     with lock_output(flags.output, FILES) as folder:
         model = loading.build_model(flags)
-        loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)
         path = circo.write_circo_submission(model.frame, embedded, data, folder / f"circo_{name}.json")
         facts = circo.describe_circo(data) | describe_run(flags, model)

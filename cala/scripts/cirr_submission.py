@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import DataFlags
 from ..library.flags import RerankFlags
@@ -41,22 +40,22 @@ def main(
     from cala.library.files import write_atomically
     from cala.library.results import count_things
     from cala.library.results import describe_run
+    from cala.library.results import find_rerank_weight
     from cala.library.sources import describe_cirr_servers
     from cala.rerank import Reranker
 
     name = flags.submission_name
     check_file_name("--submission-name", name)
-    if flags.rerank is not None and flags.rerank_weight is None:
-        raise CalaError(f"--rerank {flags.rerank} needs --rerank-weight; cala-validate --rerank chooses one on val")
     flags = loading.fill_flags(flags)
+    if flags.rerank is not None:
+        flags.rerank_weight = find_rerank_weight(flags)
     data = submission.check_submittable(
         CIRR(flags.data_root, flags.split, follow_links=flags.follow_links).require_pictures()
     )
     with lock_output(flags.output, FILES) as folder:
         model = loading.build_model(flags)
-        loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)
-        reranker = Reranker(model, flags.rerank, flags.rerank_weight or 0.0) if flags.rerank is not None else None
+        reranker = None if flags.rerank is None else Reranker(model, flags.rerank, flags.rerank_weight or 0.0)
         paths = submission.write_cirr_submission(model.frame, embedded, data, folder, name, reranker)
         facts = json.dumps(describe_run(flags, model), indent=1, default=str)
         write_atomically(folder / f"{name}_facts.json", facts.encode())

@@ -46,7 +46,6 @@ def main(
     data = loading.open_split(flags, flags.split).require_pictures(flags.allow_missing)
     with lock_output(flags.output, results.RESULT_FILES) as folder:
         model = loading.build_model(flags)
-        loading.set_transform(data, model, flags)
         embedded = loading.embed_dataset(model, data, flags)
         name = str(model.config["cir_frame"])
         rows = results.measure_rows(model.frame, embedded, data, name)
