@@ -6,7 +6,7 @@
 __all__ = ['MODES', 'backbones', 'HOMES', 'FLAGS', 'SPECIAL', 'ROLES', 'TRUNKS', 'Embedding', 'Backbone', 'register',
            'find_backbone', 'make_backbone', 'WordTokenizer', 'read_vocabulary', 'Words', 'used_parameters',
            'QFormerBackbone', 'TinyTrunk', 'PatchTrunk', 'strengthen_cross_attention', 'Tiny', 'CaptionedPictures',
-           'shuffled_blocks', 'pretrain', 'save_backbone', 'load_backbone']
+           'shuffled_blocks', 'make_optimizers', 'pretrain', 'save_backbone', 'load_backbone']
 
 # %% ../nbs/method/04_encoders.ipynb #b84fbb31
 import importlib
@@ -461,6 +461,25 @@ def shuffled_blocks(
     starts = torch.randperm(math.ceil(count / block), generator=generator) * block
     return [position for start in starts.tolist() for position in range(start, min(start + block, count))]
 
+# %% ../nbs/method/04_encoders.ipynb #e5b0a677
+def make_optimizers(
+    modules: Sequence[nn.Module],  # whose parameters train
+    learning_rate: float,  # of AdamW
+    muon: bool,  # train the matrices of linear layers with Muon, at four times the rate
+) -> list[torch.optim.Optimizer]:
+    "One optimizer, or two that share the parameters between them."
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    if not muon:
+        return [torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for layer in layers]
+    in_matrices = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in in_matrices]
+    return [
+        torch.optim.Muon(matrices, 4 * learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, learning_rate, weight_decay=0.05),
+    ]
+
 # %% ../nbs/method/04_encoders.ipynb #424f0a45
 def pretrain(
     backbone: QFormerBackbone,  # trained in place
@@ -472,6 +491,7 @@ def pretrain(
     num_workers: int = 0,  # processes that decode pictures
     seed: int = 0,  # of order and dropout
     progress: bool = True,  # show how far the training is
+    muon: bool = False,  # see `make_optimizers`
 ) -> list[float]:  # the loss of every step
     "Stage 1: train trunk and Q-Former so that pictures and their captions have similar features."
     torch.manual_seed(seed)
@@ -481,8 +501,11 @@ def pretrain(
     parameters = [*backbone.trunk.parameters(), *qformer.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step / steps))
+    optimizers = make_optimizers([backbone.trunk, qformer], learning_rate, muon)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step / steps))
+        for optimizer in optimizers
+    ]
     batches = _draw_batches(pictures, batch_size, neighbours, num_workers, seed)
     losses = []
     for _ in show_progress(range(steps), "stage 1", unit="steps", is_hidden=not progress):
@@ -492,9 +515,10 @@ def pretrain(
         loss = image_text_contrast(qformer.image(tokens)[:, 0], qformer.text(ids, mask)[:, 0])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         losses.append(loss.item())
     backbone.textual = deepcopy(qformer)
     backbone.multimodal = deepcopy(qformer)

@@ -135,6 +135,7 @@ def train_backbone(
         demo.stage1_rate,
         neighbours=3 if demo.world == "cirr" else 1,
         seed=demo.seed,
+        muon=True,
     )
     log = pd.DataFrame(dict(step=range(1, len(losses) + 1), loss=losses))
     log.to_csv(path.with_name("stage1.csv"), index=False)

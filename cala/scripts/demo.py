@@ -26,10 +26,10 @@ class Demo:
     output: str = "demo"  # folder of data, runs, table and report; one subfolder a world
     size: int = number(1800, least=1)  # groups of six scenes to train on; for fashioniq, triplets a category
     width: int = number(96, least=4)  # d of the tiny backbone
-    stage1_steps: int = number(550, least=1)  # of image-text contrast
-    epochs: int = number(4, least=1)  # of stage 2
+    stage1_steps: int = number(200, least=1)  # of image-text contrast
+    epochs: int = number(3, least=1)  # of stage 2
     batch_size: int = number(128, least=1)  # of both stages
-    stage1_rate: float = number(1.5e-3, above=0)  # learning rate of stage 1
+    stage1_rate: float = number(2e-3, above=0)  # learning rate of stage 1
     learning_rate: float = number(2e-3, above=0)  # learning rate of stage 2
     seed: int = number(0, least=0)  # random seed of world, weights and order
     threads: int = number(1, least=1)  # torch threads of each process
