@@ -438,7 +438,7 @@ class CaptionedPictures(Dataset):
         missing = [name for name in gallery.names if not captions.get(name)]
         if missing:
             raise CalaError(
-                f"{len(missing)} of {len(gallery)} pictures have no caption, {missing[0]} the first; "
+                f"no caption for {len(missing)} of {len(gallery)} pictures, {missing[0]} the first; "
                 "give a caption for each picture"
             )
         self.captions = [captions[name] for name in gallery.names]

@@ -20,6 +20,7 @@ from ..encoders import pretrain
 from ..encoders import read_vocabulary
 from ..encoders import save_backbone
 from ..errors import CalaError
+from ..errors import count_things
 from ..model import CaLa
 from ..rerank import Reranker
 from ..rerank import best_weight
@@ -300,7 +301,8 @@ def run_demo(
     triplets = len(open_dataset(NAMES[demo.world], root, "train"))
     steps = demo.epochs * (triplets // demo.batch_size)
 
-    clock.print(f"2 of 4: stage 1, {demo.stage1_steps} steps: which caption belongs to which picture")
+    stage1_steps = count_things(demo.stage1_steps, "step", "steps")
+    clock.print(f"2 of 4: stage 1, {stage1_steps}: which caption belongs to which picture")
     torch.set_num_threads(min(2 * demo.threads, all_threads))  # stage 1 runs alone, stage 2 as two processes
     weights = train_backbone(demo, root)
 
