@@ -432,9 +432,7 @@ def print_cost(
     if not waiting:
         print("all runs are done")
         return
-    kinds: dict[tuple, Recipe] = {}
-    for _, recipe in waiting:
-        kinds.setdefault(name_kind(recipe), recipe)
+    kinds = {name_kind(recipe): recipe for _, recipe in waiting}
     is_cached = prepare_caches(list(kinds.values()), is_built=not ablation.cost)
     costs = {}
     for kind, recipe in kinds.items():
