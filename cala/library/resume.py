@@ -171,8 +171,6 @@ class Resume(Callback):
     def load(self, learner: Learner):
         "Take up weights, optimizer, schedule, generators and logs of the last saved state."
         accelerator = learner.accelerator
-        if not find_whole_folder(self.folder).is_dir():
-            raise CalaError(f"{self.output} holds no complete epoch; delete it, or choose another --output")
         check_same_recipe(read_recipe(self.folder, "state.pt")["recipe"], learner.recipe, self.folder)
         state = read_state(find_whole_folder(self.folder) / "state.pt")
         load_weights(learner.core, self.folder)
@@ -335,8 +333,8 @@ class StopOnNonFinite(Callback):
         if scaler:
             self.scale = scaler.get_scale()
         else:
-            gradients = [p.grad for group in learner.optimizer.param_groups for p in group["params"]]
-            gradients = [gradient for gradient in gradients if gradient is not None]
+            weights = [weight for group in learner.optimizer.param_groups for weight in group["params"]]
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
             self.check(learner, "gradient", torch.stack(torch._foreach_norm(gradients)).norm())
 
     def after_step(self, learner: Learner):

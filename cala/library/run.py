@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['draw_triplets', 'open_model', 'open_data', 'GalleryNegatives', 'embed_targets', 'Watch', 'Progress',
-           'make_accelerator', 'make_learner', 'save_best', 'Run', 'count_idle_epochs', 'notes_before', 'notes_after',
-           'summarise', 'check_output', 'own_folder', 'train', 'finish_run']
+           'make_accelerator', 'make_learner', 'Run', 'notes_before', 'notes_after', 'summarise', 'check_output',
+           'own_folder', 'train', 'finish_run']
 
 # %% ../../nbs/library/run.ipynb #ff966703
 import os
@@ -16,19 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from math import floor
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate import DistributedDataParallelKwargs
+from accelerate import InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
 from torch.utils.data import Subset
 
+from ..data import Triplets
 from ..errors import CalaError
 from ..errors import count_things
 from .cache import cache_folder
@@ -48,7 +50,6 @@ from .processes import PadCaptions
 from .processes import ValidateTogether
 from .processes import collect_rows
 from .processes import freeze_unused
-from .processes import process_settings
 from .processes import report_lost_processes
 from .resume import Resume
 from .resume import StopOnNonFinite
@@ -79,10 +80,10 @@ from ..training import open_split
 
 # %% ../../nbs/library/run.ipynb #973c2cd2
 def draw_triplets(
-    data: Dataset,  # CIRR or FashionIQ, changed in place
+    data: Triplets,  # changed in place
     count: int | None,  # how many; None: all
     seed: int,
-) -> Dataset:  # the same data set
+) -> Triplets:  # the same data set
     "Keep `count` triplets, chosen at random, in their order."
     if count is None:
         return data
@@ -145,15 +146,14 @@ class GalleryNegatives(Callback):
 
 def embed_targets(
     model: CaLa,  # with its trainable parameters chosen, on its device
-    data: Dataset,  # triplets to train on
+    data: Triplets,  # to train on
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> torch.Tensor:  # (G, d)
     "Target features of the training gallery; `CalaError` if training changes them."
     device, pictures = accelerator.device, data.pictures
-    cached = getattr(data, "target_pictures", None)
-    if cached is not None:  # constant, and on disk
-        return cached.features().to(device)
+    if data.target_pictures is not None:  # constant, and on disk
+        return data.target_pictures.features().to(device)
     if model.embed_gallery(pictures[0][None].to(device)).requires_grad:
         changes = f"--gallery-negatives with --encoder {recipe.encoder}: training changes the targets' features"
         raise CalaError(f"{changes}; give --encoder multi or text, or leave the flag out")
@@ -216,7 +216,10 @@ def make_accelerator(
     return Accelerator(
         mixed_precision=recipe.precision,
         log_with=make_trackers(recipe, run_folder(recipe)),
-        kwargs_handlers=process_settings(recipe),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout)),
+        ],
     )
 
 
@@ -241,7 +244,8 @@ def make_learner(
     if recipe.gallery_negatives:
         callbacks.append(GalleryNegatives(embed_targets(model, data, recipe, accelerator)))
     if recipe.save_best:
-        callbacks.append(KeepBest(partial(save_best, output / "best", recipe)))
+        saved = recipe_to_save(recipe)
+        callbacks.append(KeepBest(lambda model, row: save_checkpoint(model, output / "best", saved, row)))
     if recipe.save_training:
         callbacks.append(Resume(output, go_on=bool(recipe.resume)))
     if recipe.accumulate > 1:
@@ -264,16 +268,6 @@ def make_learner(
         model = AcrossProcesses(model)
     return Learner(recipe, model, data, callbacks, accelerator, optimizer, ignore_interrupts)
 
-
-def save_best(
-    folder: Path,
-    recipe: Recipe,
-    model: CaLa,
-    row: dict,  # of metrics
-):
-    "The checkpoint of the best epoch."
-    save_checkpoint(model, folder, recipe_to_save(recipe), row)
-
 # %% ../../nbs/library/run.ipynb #5d2088c0
 @dataclass
 class Run:
@@ -294,28 +288,19 @@ class Run:
         return best_row(self.metrics)
 
 # %% ../../nbs/library/run.ipynb #27b1f098
-def count_idle_epochs(
-    recipe: Recipe,
-) -> int:
-    "Epochs at the end of a run in which the learning rate is zero."
-    if recipe.schedule != "cosine" or recipe.min_lr > 0:
-        return 0
-    return max(0, floor(recipe.num_epochs - recipe.max_epoch))
-
-
 def notes_before(
     recipe: Recipe,
 ) -> list[str]:
     "What a user should know before the first step."
-    notes = []
+    notes, triplets = [], "percent of the training triplets"
     if recipe.holdout:
-        share = f"{100 * recipe.holdout:g} percent of the training triplets"
+        share = f"{100 * recipe.holdout:g} {triplets}"
         notes.append(f"note: --holdout {recipe.holdout:g}: {share} are held out, and all that show their pictures")
     if recipe.noise_ratio:
-        share = f"{100 * recipe.noise_ratio:g} percent of the training triplets"
+        share = f"{100 * recipe.noise_ratio:g} {triplets}"
         notes.append(f"note: --noise-ratio {recipe.noise_ratio:g}: the targets of {share} are shuffled")
-    idle = count_idle_epochs(recipe)
-    if idle:
+    idle = floor(recipe.num_epochs - recipe.max_epoch)  # epochs at the end in which the rate is zero
+    if recipe.schedule == "cosine" and recipe.min_lr == 0 and idle > 0:
         flags = f"--max-epoch {recipe.max_epoch} and --min-lr 0"
         notes.append(f"note: {flags}: nothing is trained in the last {idle} of {recipe.num_epochs} epochs")
     return notes
