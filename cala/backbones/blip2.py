@@ -49,7 +49,6 @@ from ..encoders import QFormerBackbone
 from ..encoders import WordTokenizer
 from ..encoders import register
 from ..errors import CalaError
-from ..progress import LARGE
 from ..progress import show_progress
 from ..progress import show_tensors
 from ..qformer import QFormer
@@ -364,16 +363,13 @@ def load_tower(
 
 # %% ../../nbs/backbones/blip2.ipynb #1a047e25
 def round_as_lavis(
-    tower: nn.Module,  # changed in place
-) -> nn.Module:  # the same
+    tower: VisionTransformer,  # changed in place
+) -> VisionTransformer:  # the same
     "Round the weights of convolutions and linear layers to float16, and keep them in float32."
-    is_eva = any(isinstance(layer, PatchLayer) for layer in tower.modules())
-    is_small = sum(parameter.nbytes for parameter in tower.parameters()) < LARGE
-    layers = list(tower.modules())
-    for layer in show_progress(layers, "round the trunk", unit="layers", is_hidden=is_small, is_part=True):
+    for layer in show_progress(list(tower.modules()), "round the trunk", unit="layers", is_part=True):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.half().float()
-        elif is_eva and isinstance(layer, nn.MultiheadAttention):
+        elif isinstance(layer, nn.MultiheadAttention) and isinstance(tower.conv1, PatchLayer):
             layer.in_proj_weight.data = layer.in_proj_weight.data.half().float()
     return tower
 
@@ -419,7 +415,7 @@ SIZES = dict(
 
 def make_tower(
     model_name: str,  # a key of `PUBLISHED`
-    size: str = "full",  # a key of `SIZES`
+    size: str,  # a key of `SIZES`
 ) -> VisionTransformer:
     "The trunk of a published model, with random weights."
     published = PUBLISHED[model_name]
@@ -499,7 +495,7 @@ def read_published(
         vision = translate_trunk(vision)
     if "positional_embedding" in vision:
         size = 14 * isqrt(vision["positional_embedding"].numel() // width)  # patches have 14 pixels
-        needed = tower.image_size[0]
+        needed = SIZES[sizes]["trunk"].get("image_size", published.size)
         if size != needed:
             others = [name for name, other in PUBLISHED.items() if (other.width, other.size) == (width, size)]
             refuse_model(path, f"a trunk for pictures of {size} pixels, not {needed}", others, model_name)
@@ -625,7 +621,7 @@ class Blip2(QFormerBackbone):
         )
         if random_weights:
             trunk, qformer, words = make_random_parts(model_name, random_weights, tokenizer, seed)
-            size = trunk.image_size[0]
+            size = SIZES[random_weights]["trunk"].get("image_size", size)
         else:
             trunk, state, vocabulary = read_parts(model_name, weights)
             qformer = QFormer(**{**SIZES["full"]["qformer"], "vision_width": len(state["ln_vision.weight"])})

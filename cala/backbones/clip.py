@@ -55,11 +55,8 @@ def capture_output(
 ) -> Iterator[list]:  # one entry for each call
     "Collect what a module returns while the block runs."
     outputs = []
-    hook = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
+    with module.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         yield outputs
-    finally:
-        hook.remove()
 
 # %% ../../nbs/backbones/clip.ipynb #f649e23e
 class ResNetHead(nn.Module):

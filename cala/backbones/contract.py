@@ -38,10 +38,9 @@ class Outputs(NamedTuple):
 def draw_examples() -> list[Image.Image]:
     "A picture of coloured noise and a picture of two colours."
     noise = torch.randint(256, (90, 120, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    halves = torch.zeros(90, 120, 3, dtype=torch.uint8)
-    halves[:, :60] = torch.tensor([230, 30, 30])
-    halves[:, 60:] = torch.tensor([20, 40, 60])
-    return [Image.fromarray(pixels.numpy()) for pixels in (noise, halves)]
+    halves = Image.new("RGB", (120, 90), (20, 40, 60))
+    halves.paste((230, 30, 30), (0, 0, 60, 90))
+    return [Image.fromarray(noise.numpy()), halves]
 
 
 @torch.no_grad()
@@ -77,10 +76,9 @@ def check_shapes(backbone: Backbone):
     "text, image and query give tokens (B, L, d), feature (B, d), mask (B, L); the trunk gives tokens (B, N, w)"
     outputs = run_encoders(backbone)
     size, dim = backbone.size, backbone.dim
-    shape = tuple(outputs.images.shape[1:])
+    shape, trunk_shape = tuple(outputs.images.shape[1:]), tuple(outputs.tokens.shape)
     _require(shape == (3, size, size), f"the transform gives {shape}, but size is {size}")
-    shape = tuple(outputs.tokens.shape)
-    _require(len(shape) == 3 and shape[0] == 2, f"the trunk gives {shape}, not (B, N, w)")
+    _require(len(trunk_shape) == 3 and trunk_shape[0] == 2, f"the trunk gives {trunk_shape}, not (B, N, w)")
     for name, embedding in outputs.embeddings.items():
         kind = type(embedding).__name__
         _require(isinstance(embedding, Embedding), f"{name} gives {kind}, not an Embedding(tokens, feature, mask)")
@@ -205,7 +203,8 @@ def check_backbone(
     backbone: Backbone,
 ) -> Backbone:  # the same object
     "Return the backbone, or raise `CalaError` with every promise that it breaks."
-    broken = [f"{row.check}: {row.result}" for row in contract(backbone).itertuples() if row.result != "kept"]
+    results = contract(backbone).set_index("check")["result"]
+    broken = [f"{check}: {result}" for check, result in results.items() if result != "kept"]
     if broken:
         name = backbone.name or type(backbone).__name__
         raise CalaError(f"the {name} backbone breaks its contract; {'; '.join(broken)}")

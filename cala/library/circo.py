@@ -12,7 +12,6 @@ __all__ = ['ASPECTS', 'GALLERY_FILE', 'PICTURE_FOLDER', 'QUERY_FIELDS', 'TRUTH_F
 # %% ../../nbs/library/circo.ipynb #e3bb3d3b
 import json
 from dataclasses import dataclass
-from os.path import splitext
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -158,7 +157,7 @@ def add_gallery(
         fault = ""
         if not is_picture_id(number) or not is_safe_name(file_name):
             fault = f"needs an id and a file_name, but is {describe_shape(image)}"
-        elif splitext(file_name)[0] != name_picture(number):
+        elif Path(file_name).stem != name_picture(number):
             fault = f"file_name {shorten(file_name)} does not belong to id {number}"
         elif name_picture(number) in pictures:
             fault = f"id {number} is there twice"
@@ -401,7 +400,7 @@ def tabulate_places(
 ) -> pd.DataFrame:
     "One row a query: the rank of the target (none beyond 50), how many truths there are, and the average precisions."
     truths = (dataset.truths >= 0).sum(1)
-    table = pd.DataFrame(dataset.triplets)[["pair_id", "reference", "target"]]
+    table = pd.DataFrame(dataset.triplets, columns=["pair_id", "reference", "target"])
     rank = places.higher[:, 0] + (places.equal[:, 0] + 1) / 2
     table["rank"] = rank.masked_fill(places.equal[:, 0] == 0, torch.nan).numpy()
     table["truths"] = truths.numpy()

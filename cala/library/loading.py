@@ -44,7 +44,6 @@ from .circo import CIRCO
 from .files import find_whole_folder
 from .files import hash_file
 from .flags import BLIP2_ROLES
-from .flags import DataFlags
 from .flags import ModelFlags
 from .flags import check_data_flags
 from .flags import find_source
@@ -160,7 +159,7 @@ def find_frame_checkpoint(
 
     The submission command of the released program has no flag for the weights of ARTEMIS."""
     paths = [getattr(flags, flag) for flag in BLIP2_ROLES.values()]
-    folders = {find_checkpoint(path) for path in paths if path} - {None}
+    folders = {folder for path in paths if path and (folder := find_checkpoint(path))}
     trained = [folder for folder in folders if read_recipe(folder)["model"]["cir_frame"] == name]
     return trained[0] if len(trained) == 1 else None
 
@@ -359,7 +358,7 @@ def find_device(
 def embed_dataset(
     model: CaLa,
     dataset: Any,  # CIRR, FashionIQ or CIRCO; changed in place
-    flags: DataFlags,  # batch_size, num_workers, device, precision, the cache, and the transform of the pictures
+    flags: Any,  # of `DataFlags`: batch_size, num_workers, device, precision, the cache and the transform
 ) -> Embedded:  # float32
     "`embed` as the flags say; a data set with a transform of its own keeps it."
     device = find_device(flags.device)
@@ -367,7 +366,7 @@ def embed_dataset(
     model.to(device)
     if dataset.gallery.transform is None:
         dataset.gallery.transform = model.backbone.transform(flags.transform, flags.target_ratio)
-    if isinstance(dataset, CIRCO) and flags.cache != "off":
+    if dataset.name == "CIRCO" and flags.cache != "off":
         # The trunk's tokens of 123,403 pictures would fill tens of gigabytes. The features fill a thousandth of that,
         # serve both splits, and can be used again by every command that measures the same weights. The tokens of the
         # references are computed from their pictures, which the gallery reads.

@@ -78,7 +78,7 @@ def write_cirr_submission(
     for metric, k, among in (("recall", 50, None), ("recall_subset", 5, dataset.groups)):
         top = top_k(frame, *features, k, exclude=dataset.references, among=among)
         best = top.positions if reranker is None else sort_again(reranker, top, embedded, dataset)
-        content = dict(version="rc2", metric=metric)
+        content: dict[str, Any] = dict(version="rc2", metric=metric)
         for triplet, positions in zip(dataset.triplets, best[:, : SUBMISSION_SIZES[metric]].tolist()):
             content[triplet.pair_id] = [names[position] for position in positions]
         path = folder / f"{metric}_submission_{name}.json"
