@@ -371,6 +371,16 @@ def test_odd_names_are_searched_and_shown(run, photos, tmp_path, name):
         )
 
 
+def test_copies_that_come_one_by_one_are_pictures_of_their_own(run, photos):
+    run()
+    for name in ("copy.png", "another copy.png"):  # each is a part of its own, with the same feature
+        shutil.copy(photos / "a/01.png", photos / name)
+        run()
+    status, out, err = run("--sentence", "red", "--k", "50", "--json")
+    assert "14 pictures" in err and "nothing has changed" in err
+    assert {"a/01.png", "copy.png", "another copy.png"} < set(names(out)) and len(names(out)) == 14
+
+
 def test_a_second_process_that_updates_the_index_is_refused(run, photos):
     run()
     shutil.copy(photos / "a/01.png", photos / "new.png")
