@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_ALONE', 'read_pictures_alone', 'PictureAlone', 'query_reads_text', 'TextFeatures', 'make_combiner_model',
-           'open_splits', 'make_batches', 'train_epoch', 'embed_features', 'save_best', 'choose_best', 'fit_combiner']
+           'open_splits', 'make_batches', 'train_epoch', 'save_best', 'fit_combiner']
 
 # %% ../../nbs/library/combiner.ipynb #154a9806
 import io
@@ -38,6 +38,8 @@ from ..progress import show_progress
 from ..retrieval import Embedded
 from ..retrieval import evaluating
 from ..retrieval import measure
+from ..training import BatchSampler
+from ..training import best_row
 
 # %% ../../nbs/library/combiner.ipynb #ae63b60d
 PICTURE_ALONE = "cala.library.combiner:PictureAlone"  # the name of such a backbone in a checkpoint
@@ -113,9 +115,10 @@ def make_combiner_model(
     "The model that the flags name, frozen, with a Combiner to train."
     if recipe.combiner_path:
         loaded = build_model(replace(recipe, combining_function="combiner"))
+        frame: Any = loaded.frame
         widths = dict(
-            projection_dim=loaded.frame.text_projection_layer.out_features,
-            hidden_dim=loaded.frame.combiner_layer.out_features,
+            projection_dim=frame.text_projection_layer.out_features,
+            hidden_dim=frame.combiner_layer.out_features,
         )
     else:
         loaded = build_model(replace(recipe, combining_function="sum", projection_dim=None, hidden_dim=None))
@@ -149,11 +152,10 @@ def make_batches(
     train.set_epoch(epoch)
     text = text_features([train.caption(i) for i in range(len(train))])
     target = features.gallery[train.targets]
-    seed = recipe.seed * 100_003 + epoch
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    for rows in order.split(recipe.batch_size):
-        if len(rows) == min(len(train), recipe.batch_size):
-            yield features.reference[rows], text[rows], target[rows]
+    sampler = BatchSampler(len(train), min(len(train), recipe.batch_size), seed=recipe.seed)
+    sampler.set_epoch(epoch)
+    for rows in sampler:
+        yield features.reference[rows], text[rows], target[rows]
 
 # %% ../../nbs/library/combiner.ipynb #d0de9a73
 def train_epoch(
@@ -174,24 +176,6 @@ def train_epoch(
         losses.append(loss.item())
     return sum(losses) / len(losses)
 
-# %% ../../nbs/library/combiner.ipynb #8fe41034
-def embed_features(
-    model: CaLa,  # from `make_combiner_model`; its query becomes the reference alone
-    train: Triplets,
-    val: Triplets,
-    recipe: CombinerRecipe,
-) -> tuple[Embedded, Embedded, TextFeatures]:
-    "Features of both data sets, and the text features of the first epoch."
-    if query_reads_text(model, train):
-        read_pictures_alone(model.backbone)
-    train.set_epoch(1)
-    by_feature_batch = replace(recipe, batch_size=recipe.feature_batch)
-    train_features = embed_dataset(model, train, by_feature_batch)
-    val_features = embed_dataset(model, val, by_feature_batch)
-    text_features = TextFeatures(model, recipe.feature_batch)
-    text_features.rows.update(zip([train.caption(i) for i in range(len(train))], train_features.text))
-    return train_features, val_features, text_features
-
 # %% ../../nbs/library/combiner.ipynb #d09467a8
 def save_best(
     model: CaLa,
@@ -209,13 +193,6 @@ def save_best(
     write_atomically(folder / "combiner.pt", file.getvalue())
 
 
-def choose_best(
-    metrics: list,  # a row a validation
-) -> dict:
-    "The row with the highest score; the first of equals, which trained least."
-    return max(metrics, key=lambda row: row["score"])
-
-
 def fit_combiner(
     model: CaLa,  # from `make_combiner_model`
     train: Triplets,  # data set to train on
@@ -225,7 +202,15 @@ def fit_combiner(
     progress: bool = True,  # show how far the training is
 ) -> tuple[list, list]:
     "Train the Combiner on frozen features; returns log and metrics, a row an epoch."
-    train_features, val_features, text_features = embed_features(model, train, val, recipe)
+    if query_reads_text(model, train):
+        read_pictures_alone(model.backbone)
+    train.set_epoch(1)
+    by_feature_batch = replace(recipe, batch_size=recipe.feature_batch)
+    train_features = embed_dataset(model, train, by_feature_batch)
+    val_features = embed_dataset(model, val, by_feature_batch)
+    text_features = TextFeatures(model, recipe.feature_batch)
+    text_features.rows.update(zip([train.caption(i) for i in range(len(train))], train_features.text))
+
     optimizer = torch.optim.AdamW(model.frame.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     log, metrics = [], []
     epochs = range(1, recipe.num_epochs + 1)
@@ -236,7 +221,7 @@ def fit_combiner(
         if epoch % recipe.validation_frequency == 0 or epoch == recipe.num_epochs:
             result = measure(model.frame.eval(), val_features, val)
             metrics.append(dict(epoch=epoch, score=result["mean"], **result, missing_train=train.left_out["pictures"]))
-            if metrics[-1] is choose_best(metrics):
+            if metrics[-1] is best_row(metrics):
                 save_best(model, folder, recipe, metrics[-1])
         for name, rows in (("log.csv", log), ("metrics.csv", metrics)):
             write_atomically(folder / name, pd.DataFrame(rows).to_csv(index=False).encode())

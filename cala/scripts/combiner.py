@@ -19,11 +19,11 @@ def main(
     recipe: CombinerRecipe,  # every field is a flag
 ) -> None:
     "Train the Combiner on the frozen features of a model."
-    from cala.library.combiner import choose_best
     from cala.library.combiner import fit_combiner
     from cala.library.combiner import make_combiner_model
     from cala.library.combiner import open_splits
     from cala.library.loading import fill_flags
+    from cala.training import best_row
 
     recipe = fill_flags(recipe)
     check_combiner_recipe(recipe)
@@ -35,7 +35,7 @@ def main(
         train.gallery.transform = transform
         val.gallery.transform = transform
         _, metrics = fit_combiner(model, train, val, recipe, folder)
-    best = choose_best(metrics)
+    best = best_row(metrics)
     print(
         f"best epoch: {best['epoch']} of {recipe.num_epochs}, mean {best['score']:.2f}; "
         f"evaluate it with cala-validate --checkpoint {folder / 'best'}"
