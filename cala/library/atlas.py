@@ -294,27 +294,23 @@ def draw_hinge(
     row: int = 0,  # which token
 ) -> Page:
     "What HCA joins: reference, words, the five target tokens with most attention, and the target as it is attended to."
-    chosen = hinge.looks.argsort(descending=True, stable=True)[:5]
+    chosen = hinge.looks.argsort(descending=True, stable=True)[:5].tolist()
     n, height = len(chosen), max(1.5, 0.21 * len(reading.words))
     page = Page(figsize=(4.6 + 0.85 * n, height + 1.5), layout="constrained")
+    rows = [[".", ".", *chosen, "."], ["reference", "links", *["pull"] * n, "target"]]
     widths = [1.5, 0.5, *[0.85] * n, 1.5]
-    grid = page.add_gridspec(2, n + 3, width_ratios=widths, height_ratios=[0.85, height])
-
-    def place_look(place, picture, look, label, frame=None):
-        place_picture(page.add_subplot(place), spotlight(picture, look), label, frame)
-
-    for column, j in enumerate(chosen.tolist(), 2):
-        place_look(grid[0, column], reading.target, reading.target_looks[j], f"query {j}: {hinge.looks[j]:.0%}")
-    place_look(grid[1, 0], reading.reference, reading.reference_looks[row], f"reference, query {row}", BLUE)
-    look = hinge.looks @ reading.target_looks
-    place_look(grid[1, n + 2], reading.target, look, "attended to on the target", VERMILION)
-    links = page.add_subplot(grid[1, 1])
-    _place_table(links, hinge.words[:, None])
-    links.set_yticks(range(len(reading.words)), reading.words, fontsize=8, parse_math=False)
-    links.set(xticks=[], xlabel="link $A$")
-    pull = page.add_subplot(grid[1, 2 : n + 2])
-    _place_table(pull, hinge.pull[:, chosen])
-    pull.set(xticks=[], yticks=[], xlabel="pull $C$ on the target's queries")
+    boxes: Any = page.subplot_mosaic(rows, width_ratios=widths, height_ratios=[0.85, height])
+    for j in chosen:
+        place_picture(boxes[j], spotlight(reading.target, reading.target_looks[j]), f"query {j}: {hinge.looks[j]:.0%}")
+    picture = spotlight(reading.reference, reading.reference_looks[row])
+    place_picture(boxes["reference"], picture, f"reference, query {row}", BLUE)
+    _place_table(boxes["links"], hinge.words[:, None])
+    boxes["links"].set_yticks(range(len(reading.words)), reading.words, fontsize=8, parse_math=False)
+    boxes["links"].set(xticks=[], xlabel="link $A$")
+    _place_table(boxes["pull"], hinge.pull[:, chosen])
+    boxes["pull"].set(xticks=[], yticks=[], xlabel="pull $C$ on the target's queries")
+    picture = spotlight(reading.target, hinge.looks @ reading.target_looks)
+    place_picture(boxes["target"], picture, "attended to on the target", VERMILION)
     return page
 
 # %% ../../nbs/library/atlas.ipynb #e917c32b
