@@ -54,21 +54,14 @@ def write_report(
     if not notebook.is_file():
         raise CalaError(f"no {notebook}: the package is incomplete; --no-report leaves the report out")
     import nbformat  # here: only the report needs Jupyter
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbconvert.preprocessors import CellExecutionError
     from nbconvert.preprocessors import ExecutePreprocessor
 
-    class OwnPython(KernelSpecManager):
-        "The kernel of this Python; a kernel named python3 may belong to another Python."
-
-        def get_kernel_spec(self, kernel_name):
-            return KernelSpec(**get_kernel_dict())
-
     page = nbformat.read(notebook, as_version=4)
-    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=OwnPython())
+    # Without folders of kernels, only that of this Python is left; a kernel named python3 may belong to another Python.
+    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     os.environ["CALA_DEMO"] = str(Path(folder).resolve())
     executor = ExecutePreprocessor(timeout=600, extra_arguments=["--log-level=ERROR"])
     try:

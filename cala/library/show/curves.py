@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -68,15 +67,6 @@ def name_column(
     return column.replace("group_recall_at", "Rs@").replace("recall_at", "R@").replace("_", " ")
 
 
-class Line(NamedTuple):
-    "One line of a panel."
-
-    log: pd.DataFrame
-    column: str
-    label: str
-    number: int  # decides on colour and dashes
-
-
 def _title_panel(column: str, several_runs: bool) -> str:
     "The panel that a column of a log belongs to."
     name = name_column(column)
@@ -89,53 +79,46 @@ def _title_panel(column: str, several_runs: bool) -> str:
     return "recall in the group of six, %" if column.startswith("group") else "recall in the gallery, %"
 
 
-def _plan_panels(runs: dict[str, pd.DataFrame]) -> dict[str, list[Line]]:
-    "Title and lines of each panel. Recalls of a single run share a panel; every other column has its own."
+def _read_values(log: pd.DataFrame, column: str) -> pd.Series:
+    "The values of a column over the steps, the epochs or, where a log counts neither, the rows."
+    rows: Any = log.dropna(subset=[column])
+    for counter in ("step", "epoch"):
+        if counter in rows and rows[counter].is_monotonic_increasing:  # False where a count is missing
+            return rows.set_index(counter)[column]
+    return rows[column].reset_index(drop=True).rename_axis("row")
+
+
+def _plan_panels(runs: dict[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
+    "Title of each panel -> label -> line. Recalls of a single run share a panel; every other column has its own."
     recall_columns = [column for log in runs.values() for column in log if "recall_at" in column]
     panels = {}
     for column in dict.fromkeys([*LOSSES, "learning_rate", *recall_columns]):
-        for number, (run, log) in enumerate(runs.items()):
-            if column not in log or log[column].isna().all():  # a run with QTM alone logs its other terms as NaN
-                continue
-            lines = panels.setdefault(_title_panel(column, len(runs) > 1), [])
-            is_single = len(runs) == 1
-            label = name_column(column) if is_single else run
-            lines.append(Line(log, column, label, number=len(lines) if is_single else number))
+        for run, log in runs.items():
+            if column in log and log[column].notna().any():  # a run with QTM alone logs its other terms as NaN
+                label = run if len(runs) > 1 else name_column(column)
+                panels.setdefault(_title_panel(column, len(runs) > 1), {})[label] = _read_values(log, column)
     return panels
 
 
-def _draw_line(ax: Axes, line: Line, smooth: float):
-    "Losses: the values faintly, and over them their running mean. All else as it is, with marks if there are few."
-    rows = line.log.dropna(subset=[line.column])
-    values = rows[line.column]
-    x, ax_label = range(len(values)), "row"
-    for counter in ("epoch", "step"):
-        if counter in rows and rows[counter].is_monotonic_increasing:  # False where a value is missing
-            x, ax_label = rows[counter], counter
-    colour, dashes = PALETTE[line.number % 6], DASHES[line.number % 6]
-    few = len(values) < 20
-    if line.column in LOSSES and not few:
-        ax.plot(x, values, color=colour, alpha=0.25, lw=0.7, ls="-", zorder=0)
-        values = values.ewm(alpha=1 - smooth).mean()  # divides by the sum of the weights, so it does not start at 0
-    ax.plot(x, values, color=colour, ls=dashes, label=line.label, marker="o" if few else None, ms=3)
-    ax.set_xlabel(ax_label)
-
-
-def _count_name_columns(lines: list[Line]) -> int:
+def _count_name_columns(lines: dict[str, pd.Series]) -> int:
     "How many names of 8 points fit beside one another under a panel."
-    longest = max(len(line.label) for line in lines)
-    return max(1, int(2.1 / (0.4 + 0.061 * longest)))
+    return max(1, int(2.1 / (0.4 + 0.061 * max(map(len, lines)))))
 
 
-def _fill_panel(ax: Axes, title: str, lines: list[Line], smooth: float):
-    "Draw all lines of a panel; names stand under it, where no line can run through them."
-    for line in lines:
-        _draw_line(ax, line, smooth)
+def _fill_panel(ax: Axes, title: str, lines: dict[str, pd.Series], labels: list[str], smooth: float):
+    "Draw all lines of a panel, in the colours of their places among `labels`; names stand under it, beside no line."
+    for label, values in lines.items():
+        number, few = labels.index(label) % 6, len(values) < 20
+        if title.endswith("loss") and not few:
+            ax.plot(values, color=PALETTE[number], alpha=0.25, lw=0.7, ls="-", zorder=0)
+            values = values.ewm(alpha=1 - smooth).mean()  # divides by the sum of the weights, so it does not start at 0
+        ax.plot(values, color=PALETTE[number], ls=DASHES[number], label=label, marker="o" if few else None, ms=3)
+        ax.set_xlabel(str(values.index.name))
     highest = 103 if "%" in title else 1.05 * ax.dataLim.ymax  # percentages keep their whole range
     ax.set(title=title, ylim=(0, highest if 0 < highest < math.inf else None))
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    if len(lines) > 1 or "%" in title or lines[0].label not in title:
+    if len(lines) > 1 or "%" in title or next(iter(lines)) not in title:
         space: dict[str, Any] = dict(columnspacing=1, borderaxespad=4.4, borderpad=0)
         names = _count_name_columns(lines)
         ax.legend(fontsize=8, ncols=names, loc="upper center", bbox_to_anchor=(0.5, 0), **space)
@@ -147,16 +130,17 @@ def loss_curves(
     smooth: float = 0.9,  # weight of the past in the running mean; 0 for none
 ) -> Page:
     "A panel for each loss term and the learning rate; recalls of one run share a panel, those of several do not."
-    named = logs if isinstance(logs, Mapping) else {"": logs}
-    panels = _plan_panels({name: read_log(log) for name, log in named.items()})
+    runs = {name: read_log(log) for name, log in (logs if isinstance(logs, Mapping) else {"": logs}).items()}
+    panels = _plan_panels(runs)
     if not panels:
         raise CalaError("nothing to draw: the log has no numbers under loss, qtm, tbia, ctr, learning_rate or a recall")
     high = math.ceil(len(panels) / PANELS_A_ROW)
     wide = math.ceil(len(panels) / high)
     name_rows = max(math.ceil(len(lines) / _count_name_columns(lines)) for lines in panels.values())
     page = Page(figsize=(2.5 * wide, (2 + 0.17 * name_rows) * high), layout="constrained")
-    for n, (title, lines) in enumerate(panels.items()):
-        _fill_panel(page.add_subplot(high, wide, n + 1), title, lines, smooth)
+    for n, (title, lines) in enumerate(panels.items(), 1):
+        labels = list(runs if len(runs) > 1 else lines)
+        _fill_panel(page.add_subplot(high, wide, n), title, lines, labels, smooth)
     return page
 
 
@@ -194,8 +178,8 @@ def per_kind_recall(
 ) -> Page:
     "Recall at k for each kind of edit, the hardest first, with the number of queries and a 95% interval."
     models = ranks if isinstance(ranks, Mapping) else {"": ranks}
-    found = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
-    recall: Any = found.groupby(np.array(kinds)).mean()
+    hits = pd.DataFrame({name: (to_ranks(of_model) <= k).numpy() for name, of_model in models.items()})
+    recall: Any = hits.groupby(np.array(kinds)).mean()
     recall = recall.sort_values(recall.columns[0], kind="stable")
     counts: Any = pd.Series(kinds).value_counts()[recall.index]
     page = Page(figsize=(5.5, 0.5 + len(recall) * max(0.3, 0.2 * len(models))), layout="constrained")

@@ -118,9 +118,8 @@ class TripletBrowser(Movable):
         self,
         dataset: Triplets,  # CIRR or FashionIQ
         kinds: list[str] | None = None,  # (Q,) kind of each triplet, if known: see `edit_kinds`
-        members: bool = False,  # also the group of six
     ):
-        self.dataset, self.kinds, self.members = dataset, kinds, members
+        self.dataset, self.kinds = dataset, kinds
         self.find()
 
     def find(
@@ -155,7 +154,7 @@ class TripletBrowser(Movable):
     def figure(self) -> Page:
         "The current triplet."
         if self.matches:
-            return show_triplets(self.dataset, [self.matches[self.at]], self.members)
+            return show_triplets(self.dataset, [self.matches[self.at]])
         return write_page("no triplet has these words")
 
     def fill_widget(self):
