@@ -72,15 +72,6 @@ class LogLines(TextBar):
         shortest, longest = LINE_INTERVALS
         self.mininterval = min(max(self.format_dict["elapsed"] / 10, shortest), longest)
 
-    def set_postfix(
-        self,
-        ordered_dict: dict | None = None,
-        refresh: bool = True,
-        **values: Any,  # name -> value
-    ):
-        "Set what stands at the end of the next line; tqdm would write a line at once."
-        super().set_postfix(ordered_dict, refresh=False, **values)
-
     def close(self):
         "Write a last line, unless the work was short."
         if not self.disable and self.format_dict["elapsed"] >= self.delay and self.last_print_n < self.n:
@@ -112,7 +103,7 @@ def show_progress(
     unit: str = "",  # what is counted, in the plural, such as pictures
     is_hidden: bool = False,  # show nothing, for example because another process shows the same work
     is_part: bool = False,  # of other work with progress of its own: the bar disappears at its end
-) -> TextBar:  # an iterator over the items, and a context manager with `update` and `set_postfix`
+) -> TextBar:  # an iterator over the items, and a context manager with `update` and `set_postfix(..., refresh=False)`
     "Show how far a loop is and how long it will still take."
     options: dict[str, Any] = dict(desc=title, total=total, unit=f" {unit}" if unit else "", leave=not is_part)
     is_terminal = sys.stderr is not None and sys.stderr.isatty()

@@ -90,28 +90,21 @@ def plan_jobs(
     return jobs
 
 
-def name_gallery(
-    data: Triplets,
-) -> str:
-    "The split, and the category where a gallery has one."
-    if isinstance(data, FashionIQ) and data.split != "train":
-        return f"{data.split} {' '.join(data.categories)}"
-    return data.split
-
-
 def make_table(
     jobs: list[Job],
 ) -> pd.DataFrame:
     "A row for each job: pictures, pictures to do, size and time."
     rows = []
     for job in jobs:
-        build = job.build
+        data, build = job.dataset, job.build
+        has_category = isinstance(data, FashionIQ) and data.split != "train"  # a gallery for each category
+        gallery = f"{data.split} {' '.join(data.categories)}" if has_category else data.split
         each, size, duration = "complete", "", ""
         if build.rows:  # of a complete cache no cost is measured
             each = " x ".join(f"{n:,}" for n in build.cost.shape[1:])
             size, duration = format_bytes(build.cost.total_bytes), format_seconds(build.cost.seconds)
-        row = dict(gallery=name_gallery(job.dataset), cache=job.kind, pictures=f"{len(build.gallery):,}")
-        rows.append(row | dict(to_do=f"{len(build.rows):,}", each=each, format=build.dtype, size=size, time=duration))
+        row = dict(gallery=gallery, cache=job.kind, pictures=f"{len(build.gallery):,}", to_do=f"{len(build.rows):,}")
+        rows.append(row | dict(each=each, format=build.dtype, size=size, time=duration))
     return pd.DataFrame(rows)
 
 
