@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -120,23 +119,6 @@ class Ranking:
 
 
 @style()
-def _place_ranking(row: np.ndarray, gallery: Gallery, ranking: Ranking, k: int):
-    "Fill a row of boxes: reference, text, k answers and, if there are two more boxes, a target that is not among them."
-    place_picture(row[0], gallery.picture(ranking.reference), "reference", BLUE)
-    place_text(row[1], ranking.caption)
-    if ranking.note:
-        row[0].set_title(ranking.note, fontsize=8, parse_math=False)
-    for n, (box, position) in enumerate(zip(row[2 : 2 + k], ranking.order)):
-        frame = VERMILION if position == ranking.target else None
-        place_picture(box, gallery.picture(position), ranking.label(n), frame)
-    missed = ranking.missed_target(k)
-    if missed is not None:
-        dots, box = row[2 + k :]
-        place = f"{ranking.rank:g}" if ranking.rank else f"after {len(ranking.order)}"
-        place_picture(box, gallery.picture(missed), f"{place}\ntarget", VERMILION)
-        dots.text(0.5, 0.5, "…", ha="center", size=14, color=GREY)
-
-
 def draw_rankings(
     gallery: Gallery,  # of the pictures
     rankings: Sequence[Ranking],
@@ -145,10 +127,22 @@ def draw_rankings(
     "A row for each ranking: the query at the left, rank and score under each picture, the target framed."
     widths = [1, 1.5] + [1] * k
     if any(ranking.missed_target(k) is not None for ranking in rankings):
-        widths += [0.15, 1]
+        widths += [0.15, 1]  # dots, and a target that is not among the first k
     page, boxes = make_boxes(widths, len(rankings), below=0.55)
     for row, ranking in zip(boxes, rankings):
-        _place_ranking(row, gallery, ranking, k)
+        place_picture(row[0], gallery.picture(ranking.reference), "reference", BLUE)
+        place_text(row[1], ranking.caption)
+        if ranking.note:
+            row[0].set_title(ranking.note, fontsize=8, parse_math=False)
+        for n, (box, position) in enumerate(zip(row[2 : 2 + k], ranking.order)):
+            frame = VERMILION if position == ranking.target else None
+            place_picture(box, gallery.picture(position), ranking.label(n), frame)
+        missed = ranking.missed_target(k)
+        if missed is not None:
+            dots, box = row[2 + k :]
+            place = f"{ranking.rank:g}" if ranking.rank else f"after {len(ranking.order)}"
+            place_picture(box, gallery.picture(missed), f"{place}\ntarget", VERMILION)
+            dots.text(0.5, 0.5, "…", ha="center", size=14, color=GREY)
     return page
 
 

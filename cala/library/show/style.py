@@ -110,20 +110,6 @@ def break_lines(
     return textwrap.wrap(text, columns, max_lines=most, placeholder=" …") or [""]
 
 
-def fit_text(
-    text: str,
-    width: float,  # of the box, in inches
-    height: float,
-) -> tuple[str, float]:  # with line breaks, and the size of its type
-    "Choose the largest type in which a text fits a box; if none fits, the text is cut."
-    most, size = 1, LINE_SIZES[0]
-    for size in LINE_SIZES:
-        most = max(1, int(height * 72 / (1.3 * size)))
-        if len(break_lines(text, width, size)) <= most:
-            break
-    return "\n".join(break_lines(text, width, size, most)), size
-
-
 @style()
 def make_boxes(
     widths: list[float],  # of the columns, in inches
@@ -174,7 +160,12 @@ def place_text(
 ):
     "Write a text into a box, small enough to fit, over an arrow from left to right."
     extent = box.get_window_extent().transformed(box.figure.dpi_scale_trans.inverted())  # in inches
-    lines, size = fit_text(text, extent.width, 0.78 * extent.height)
+    size, most = 10.0, 1
+    for size in LINE_SIZES:  # the largest type in which the text fits; if none fits, the text is cut
+        most = max(1, int(0.78 * extent.height * 72 / (1.3 * size)))
+        if len(break_lines(text, extent.width, size)) <= most:
+            break
+    lines = "\n".join(break_lines(text, extent.width, size, most))
     written = box.text(0.5, 0.61, lines, fontsize=size, color=GREY, parse_math=False, transform=box.transAxes)
     written.set(ha="center", va="center")
     true_width = max(1, written.get_window_extent().width)  # capitals are wider than the estimate of `break_lines`
