@@ -180,6 +180,14 @@ def split_words(
     return tuple(word.lower() for word in words)
 
 
+def list_choices(
+    hint: Any,  # the type of a field
+) -> tuple[str, ...]:
+    "The choices of a type `Literal[...]` or `Literal[...] | None`; empty for any other type."
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
 def find_choice(
     flag: str,  # for the error message
     word: Any,  # as typed
@@ -202,7 +210,7 @@ def check_fields(
     hints = get_type_hints(type(flags))
     for each in fields(flags):
         value, flag = getattr(flags, each.name), spell_flag(each.name)
-        choices = _list_choices(hints[each.name])
+        choices = list_choices(hints[each.name])
         if isinstance(value, Path):
             value = str(value)
         if each.default is None and value in (None, "None", ""):
@@ -212,12 +220,6 @@ def check_fields(
         elif value != "learned":
             _check_limits(flag, value, each.metadata)
         setattr(flags, each.name, value)
-
-
-def _list_choices(hint):
-    "The choices of a type `Literal[...]` or `Literal[...] | None`; empty for any other type."
-    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-    return get_args(literals[0]) if literals else ()
 
 
 def _check_limits(flag, value, limits):

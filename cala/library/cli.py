@@ -30,7 +30,6 @@ from pathlib import Path
 from textwrap import dedent
 from types import FrameType
 from typing import Any
-from typing import Literal
 from typing import get_args
 from typing import get_origin
 from typing import get_type_hints
@@ -38,6 +37,7 @@ from typing import get_type_hints
 from .. import __version__ as version
 from ..errors import CalaError
 from ..recipe import find_choice
+from ..recipe import list_choices
 from ..recipe import spell_flag
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -70,7 +70,8 @@ def parse_flags(
     "Read the command line into `config`; a wrong flag or value is a `CalaError`."
     words = read_words(sys.argv[1:] if argv is None else argv)
     parameters = inspect.signature(config).parameters
-    hints = {name: strip_none(hint) for name, hint in get_type_hints(config).items()}
+    typed_hints = get_type_hints(config)
+    hints = {name: strip_none(typed_hints.get(name, str)) for name in parameters}
     comments = read_comments(config) if {"-h", "--help"} & set(words) else {}  # finding the source takes a moment
     parser = FlagParser(
         prog, usage="%(prog)s [flags]", description=config.__doc__, argument_default=SUPPRESS, allow_abbrev=False
@@ -78,7 +79,7 @@ def parse_flags(
     parser.add_argument("--version", action="version", version=f"cala {version}", help="show the version and exit")
     actions = {}
     for name, parameter in parameters.items():
-        action = add_flag(parser, name, hints.get(name, str), parameter.default, comments.get(name, ""))
+        action = add_flag(parser, name, hints[name], parameter.default, comments.get(name, ""))
         actions |= dict.fromkeys(action.option_strings, action)
     check_values(words, actions)
     typed, unknown_words = parser.parse_known_args(words)
@@ -86,7 +87,7 @@ def parse_flags(
         advice = find_advice(unknown_words[0].partition("=")[0], list(actions))
         raise CalaError(f"unrecognized arguments: {' '.join(unknown_words)}; {advice}--help lists every flag")
     values = {
-        name: read_value(value, hints.get(name, str), parameters[name].default, spell_flag(name))
+        name: read_value(value, hints[name], parameters[name].default, spell_flag(name))
         for name, value in vars(typed).items()
     }
     if isinstance(config, type):
@@ -192,7 +193,7 @@ def add_flag(
     if hint is bool:
         return parser.add_argument(spell_flag(name), action=BooleanOptionalAction, required=is_required, help=text)
     kind = get_args(hint)[0] if is_list else hint  # of one word
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = list_choices(kind)
     spellings = [spell_flag(name)] if len(name) > 1 else [spell_flag(name), f"-{name}"]
     return parser.add_argument(
         *spellings,
@@ -228,8 +229,8 @@ def read_word(
     flag: str,  # for the error message
 ) -> Any:
     "One value; the case of letters makes no difference to a choice."
-    if get_origin(kind) is Literal:
-        return find_choice(flag, word, get_args(kind))
+    if choices := list_choices(kind):
+        return find_choice(flag, word, choices)
     try:
         value = kind(word)
     except ValueError:

@@ -13,6 +13,8 @@ from typing import Any
 from typing import Literal
 
 from ..errors import CalaError
+from ..errors import count_things
+from ..errors import is_or_are
 from ..recipe import CATEGORIES
 from ..recipe import CacheDtype
 from ..recipe import CacheName
@@ -115,8 +117,7 @@ def find_source(
     source = sources[0]
     missing = [spell_flag(name) for name in SOURCES["blip2"] if name not in given["blip2"]]
     if source == "blip2" and missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise CalaError(f"BLIP-2 has three Q-Formers: {', '.join(missing)} {verb} missing")
+        raise CalaError(f"BLIP-2 has three Q-Formers: {', '.join(missing)} {is_or_are(len(missing))} missing")
     if source != "blip2" and flags.blip2_model_name:
         raise CalaError("--blip2-model-name belongs to the three --blip2-...-path; leave it out")
     if source == "checkpoint" and flags.random_weights:
@@ -139,7 +140,7 @@ def check_workers(
     processors = os.cpu_count() or 1
     most = max(64, 4 * processors)
     if num_workers > most:
-        machine = f"this machine has {processors} processor{'s' if processors > 1 else ''}"
+        machine = f"this machine has {count_things(processors, 'processor', 'processors')}"
         raise CalaError(f"--num-workers {num_workers}: {machine}; give at most {most}")
 
 

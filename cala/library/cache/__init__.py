@@ -198,10 +198,9 @@ class TargetSide(nn.Module):
     ) -> str:
         "Fingerprint of all that decides the output."
         backbone = self.backbone
-        trains = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
         own = {name: p for name, p in backbone.named_parameters() if not name.startswith("trunk.")}
+        trains = [parameter.requires_grad for parameter in own.values()]
         try:
-            backbone.requires_grad_(False)
             for parameter in own.values():
                 parameter.requires_grad_(True)
             with torch.enable_grad():
@@ -210,7 +209,7 @@ class TargetSide(nn.Module):
             if output.requires_grad:
                 gradients = torch.autograd.grad(output, tuple(own.values()), allow_unused=True)
         finally:
-            for parameter, is_trained in trains.items():
+            for parameter, is_trained in zip(own.values(), trains):
                 parameter.requires_grad_(is_trained)
         tensors = {name: parameter for (name, parameter), used in zip(own.items(), gradients) if used is not None}
         tensors |= {name: buffer for name, buffer in backbone.named_buffers() if not name.startswith("trunk.")}
