@@ -97,8 +97,9 @@ def make_table(
     rows = []
     for job in jobs:
         data, build = job.dataset, job.build
-        has_category = isinstance(data, FashionIQ) and data.split != "train"  # a gallery for each category
-        gallery = f"{data.split} {' '.join(data.categories)}" if has_category else data.split
+        gallery = data.split
+        if isinstance(data, FashionIQ) and data.split != "train":  # a gallery for each category
+            gallery += f" {' '.join(data.categories)}"
         each, size, duration = "complete", "", ""
         if build.rows:  # of a complete cache no cost is measured
             each = " x ".join(f"{n:,}" for n in build.cost.shape[1:])
