@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
 
 from .contrast import image_text_contrast
+from .data import Gallery
 from .data import image_transform
 from .errors import CalaError
 from .options import accepts
@@ -430,7 +431,7 @@ class CaptionedPictures(Dataset):
 
     def __init__(
         self,
-        gallery: Dataset,  # a `cala.data.Gallery` with a transform
+        gallery: Gallery,  # with a transform
         captions: dict[str, list[str]],  # name of a picture -> its captions
     ):
         self.gallery = gallery
