@@ -195,7 +195,7 @@ def test_the_first_error_of_a_parallel_run_is_raised():
 
 def test_the_committed_rows_are_of_these_arms():
     rows = pd.read_csv(COMMITTED / "rows.csv")
-    settings = ablation.all_settings(("cirr", "fashioniq", "cirr_hard", "fashioniq_hard"))
+    settings = ablation.all_settings(tuple(ablation.WORLD_FLAGS))
     assert set(rows.arm) <= set(ablation.all_arms())
     assert set(rows.setting) <= {name for part in settings.values() for name in part}
     for _, row in rows.groupby("arm").head(1).iterrows():
@@ -253,3 +253,30 @@ def test_the_committed_rows_hold_what_the_readme_concludes():
     equal_compute = read_effects("kept_mean", "QTM at scale 6, 25% more steps")
     assert equal_compute.loc[("+CTR pairs", "cirr_hard"), "high"] < 0
     assert mean.loc[("+CTR pairs, weight 1", "fashioniq"), "mean"] < 0.1
+    at_100 = read_effects("kept_mean", "QTM at scale 100").xs("cirr", level="world")
+    mixture = at_100.loc["released mixture at scale 100"]
+    assert mixture.low > 0 and abs(mixture["mean"] - at_100.loc["QTM at scale 55", "mean"]) < 0.5
+    for arm in ("released mixture at scale 100", "+TBIA +CTR raw, weights 0.1, at scale 100"):
+        assert at_100.loc[arm, "mean"] > 0 > mean.loc[(arm, "cirr"), "high"]
+
+
+def test_the_committed_rows_hold_what_the_readme_concludes_of_other_settings():
+    rows = ablation.add_second_stage(pd.read_csv(COMMITTED / "rows.csv"))
+
+    def read_means(arm, metric):
+        effects = ablation.compute_effects(rows, metric, "QTM at scale 6, 25% more steps")
+        return effects[effects.arm == arm].set_index(["world", "setting"])["mean"]
+
+    ctr, control = (
+        read_means(f"{arm}, weight 1, ranked again", "kept_mean") for arm in ("+CTR pairs", "+matching head")
+    )
+    similar = read_means("+CTR pairs, weight 1, ranked again", "kept_group_recall_at1").dropna()
+    settings = set(ablation.where_settings())
+    assert all(gain > 0 for (_, setting), gain in similar.items() if setting in settings)
+    assert ctr["cirr", "frozen target encoder"] < 0 and ctr["cirr", "three times the steps"] < 0
+    gains = [ctr["cirr", "3000 triplets"], ctr["cirr", "3000 triplets, three times the steps"]]
+    gains.append(ctr["cirr_large", "10000 triplets"])
+    assert [round(gain, 1) for gain in gains] == [1.6, 0.4, 0.4]
+    for setting in ("three times the steps", "20% wrong triplets", "50% wrong triplets"):
+        assert ctr["fashioniq", setting] > 0
+        assert control["fashioniq", setting] > 0.7 * ctr["fashioniq", setting]

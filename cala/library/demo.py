@@ -295,7 +295,6 @@ def run_demo(
 ) -> Path:  # the folder: data, runs, table.csv
     "All steps, with a line about each; what is there from an earlier call with the same settings is used again."
     clock, folder = Clock(), prepare_folder(demo)
-    all_threads = max(demo.threads, os.cpu_count() or 1)
     clock.print("1 of 4: draw a world")
     root = draw_world(demo)
     triplets = len(open_dataset(NAMES[demo.world], root, "train"))
@@ -303,7 +302,7 @@ def run_demo(
 
     stage1_steps = count_things(demo.stage1_steps, "step", "steps")
     clock.print(f"2 of 4: stage 1, {stage1_steps}: which caption belongs to which picture")
-    torch.set_num_threads(min(2 * demo.threads, all_threads))  # stage 1 runs alone, stage 2 as two processes
+    torch.set_num_threads(demo.threads)
     weights = train_backbone(demo, root)
 
     names = ", ".join(RUNS[name] for name in list_runs(demo))
