@@ -97,4 +97,4 @@ docs: install    ## make the site into _docs: notebooks with their outputs, name
 	$(BIN)/python .ci/docs.py
 
 clean:           ## remove what the commands made
-	rm -rf $(VENV) runs demo _docs _proc _browser
+	rm -rf $(VENV) runs demo _docs jupyter_execute _proc _browser
