@@ -374,8 +374,9 @@ def list_jobs(
                 for world in setting.worlds:
                     for arm in setting.arms:
                         flags = BASE | WORLD_FLAGS[world] | setting.flags | arms[arm]
-                        more = 1.25 if arm.endswith("25% more steps") else 1
-                        flags["num_epochs"] = round(more * round(setting.epochs * flags["num_epochs"]))
+                        flags["num_epochs"] = round(setting.epochs * flags["num_epochs"])
+                        if arm.endswith("25% more steps"):
+                            flags["num_epochs"] = round(1.25 * flags["num_epochs"])
                         job = Job(name, world, seed, arm, flags, setting.width)
                         jobs[job.file_name] = job  # two parts may ask for the same run
     return list(jobs.values())

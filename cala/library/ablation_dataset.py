@@ -67,6 +67,7 @@ from ..recipe import DataRecipe
 from ..recipe import LoopRecipe
 from ..recipe import ModelRecipe
 from ..recipe import Recipe
+from ..recipe import find_compositor
 from ..recipe import spell_flag
 from ..rerank import Reranker
 from ..rerank import best_weight
@@ -295,11 +296,8 @@ def name_kind(
     recipe: Recipe,  # of an arm
 ) -> tuple:
     "What decides the cost of a step: equal for arms that differ in scales and weights only."
-    is_released = recipe.objective == "released"
-    w_tbia = recipe.hca_weight if is_released else recipe.alpha
-    w_ctr = recipe.tac_weight if is_released else recipe.beta
-    compositor = recipe.ctr or ("pairs" if recipe.objective == "two_way" else "tac")
-    return recipe.objective, bool(w_tbia), compositor if w_ctr else None
+    w_tbia = recipe.hca_weight if recipe.objective == "released" else recipe.alpha
+    return recipe.objective, bool(w_tbia), find_compositor(vars(recipe))
 
 # %% ../../nbs/library/ablation_dataset.ipynb #25de067e
 class Sizes(NamedTuple):
