@@ -4,8 +4,7 @@ import shlex
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages
-from setuptools import setup
+from setuptools import find_packages, setup
 
 FOLDER = Path(__file__).resolve().parent
 

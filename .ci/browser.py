@@ -17,18 +17,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
-from time import sleep
+from time import monotonic, sleep
 
 from nbformat import NotebookNode
 
-from notebooks import ROOT
-from notebooks import read_notebook
+from notebooks import ROOT, read_notebook
 
 PICTURES = ROOT / "_browser"
 BROWSERS = [

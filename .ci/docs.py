@@ -15,8 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from inspect import getdoc
-from inspect import isclass
+from inspect import getdoc, isclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,11 +23,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from notebooks import NBS
-from notebooks import ROOT
-from notebooks import directives
-from notebooks import notebook_paths
-from notebooks import read_notebook
+from notebooks import NBS, ROOT, directives, notebook_paths, read_notebook
 
 SITE = ROOT / ".ci/site"
 WINGS = {  # folder of nbs -> heading of the navigation, in reading order

@@ -10,9 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
-from importlib.metadata import Distribution
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement

@@ -27,17 +27,19 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from notebooks import PROGRESS
-from notebooks import ROOT
-from notebooks import WIDGET
-from notebooks import clean_outputs
-from notebooks import directives
-from notebooks import hash_outputs
-from notebooks import hash_sources
-from notebooks import notebook_paths
-from notebooks import parse_cell
-from notebooks import read_notebook
-from notebooks import relative
+from notebooks import (
+    PROGRESS,
+    ROOT,
+    WIDGET,
+    clean_outputs,
+    directives,
+    hash_outputs,
+    hash_sources,
+    notebook_paths,
+    parse_cell,
+    read_notebook,
+    relative,
+)
 
 NOT_RUN = {"cuda", "slow", "notest", "eval: false"}
 LARGEST = 300  # KB a notebook
@@ -245,9 +247,7 @@ def try_notebook(
     also: set[str],  # directives whose cells are executed too
 ) -> tuple[bool, str]:
     "Whether a notebook ran, and what to print about it."
-    from nbclient.exceptions import CellExecutionError
-    from nbclient.exceptions import CellTimeoutError
-    from nbclient.exceptions import DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     try:
         return True, run_notebook(path, also)

@@ -17,12 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from notebooks import ROOT
-from notebooks import directives
-from notebooks import notebook_paths
-from notebooks import parse_cell
-from notebooks import read_notebook
-from notebooks import relative
+from notebooks import ROOT, directives, notebook_paths, parse_cell, read_notebook, relative
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

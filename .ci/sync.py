@@ -17,16 +17,9 @@ from nbconvert import MarkdownExporter
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
-from nbformat.v4 import new_code_cell
-from nbformat.v4 import new_markdown_cell
+from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from notebooks import INSTALL_MARK
-from notebooks import NBS
-from notebooks import ROOT
-from notebooks import clean_outputs
-from notebooks import directives
-from notebooks import notebook_paths
-from notebooks import read_notebook
+from notebooks import INSTALL_MARK, NBS, ROOT, clean_outputs, directives, notebook_paths, read_notebook
 from style import is_generated
 
 # Readers who have no clone open these notebooks, and those of nbs/method, on Google Colab.

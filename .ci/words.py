@@ -20,12 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from notebooks import NBS
-from notebooks import ROOT
-from notebooks import notebook_paths
-from notebooks import python_source
-from notebooks import read_notebook
-from notebooks import relative
+from notebooks import NBS, ROOT, notebook_paths, python_source, read_notebook, relative
 from style import is_generated
 
 # What to look for (a regular expression; upper and lower case count alike), and what to write instead.

@@ -10,18 +10,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field
-from pathlib import Path
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from reprlib import repr as shorten
 from typing import Any
 
 from .errors import CalaError
 from .pictures import PICTURE_FOLDERS
+from .recipe import CATEGORIES, split_words
 
 SPLITS = {"CIRR": ("train", "val", "test1"), "FashionIQ": ("train", "val", "test"), "CIRCO": ("val", "test")}
-CATEGORIES = ("dress", "shirt", "toptee")
 FOLDERS = {"CIRR": "cirr_dataset", "FashionIQ": "fashionIQ_dataset", "CIRCO": "CIRCO"}  # as published
 CIRR_PLACES = ("cirr/captions", "cirr/image_splits", "captions", "image_splits")
 CIRR_PLACES += ("captions/captions", "captions/image_splits", "cirr", "")
@@ -79,8 +77,7 @@ def parse_categories(
     categories: str | list | tuple,  # a list, or text with commas, blanks or both
 ) -> tuple[str, ...]:  # in the published order
     "The categories of FashionIQ that a user names."
-    words = categories.replace(",", " ").split() if isinstance(categories, str) else map(str, categories)
-    words = [word.lower() for word in words]
+    words = split_words(categories)
     if not words or set(words) - set(CATEGORIES):
         raise CalaError(f"no categories {', '.join(words) or '(none)'}; FashionIQ has {', '.join(CATEGORIES)}")
     return tuple(category for category in CATEGORIES if category in words)

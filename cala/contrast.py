@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../nbs/method/02_contrast.ipynb #7f69c630
 def contrast(
-    logits: Tensor,  # (B, B), the right answers on the diagonal; further columns are further wrong answers
+    logits: Tensor,  # (B, N), N >= B; the columns from B on are additional wrong answers
 ) -> Tensor:  # a scalar
     "Mean cross-entropy of the rows; the right answer of row i is column i."
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))

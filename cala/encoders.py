@@ -13,42 +13,27 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers import models
-from tokenizers import normalizers
-from tokenizers import pre_tokenizers
-from tokenizers import processors
-from torch import Tensor
-from torch import nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from .contrast import image_text_contrast
-from .data import Gallery
-from .data import image_transform
+from .data import Gallery, image_transform
 from .errors import CalaError
-from .options import accepts
-from .options import list_options
+from .options import accepts, list_options
 from .progress import show_progress
 from .qformer import QFormer
-from .trust import hash_tensors
-from .trust import import_class
-from .trust import refuse_foreign_code
+from .trust import hash_tensors, import_class, refuse_foreign_code
 
 # %% ../nbs/method/04_encoders.ipynb #6ed5e8ca
 class Embedding(NamedTuple):
@@ -73,7 +58,7 @@ class Backbone(nn.Module):
     dim = 0  # d, the width of tokens and features
     size = 0  # pictures have shape (B, 3, size, size)
     config: dict = {}  # `make_backbone(**config)` builds the same architecture; it can be written as JSON
-    class_token = False  # True where token 0 is one place of the picture and does not summarise it
+    class_token = False  # True where token 0 is one place of the picture: TAC then puts a token of its own first
     save_trunk = True  # False where the trunk's weights are published, so that checkpoints leave them out
     trunk: nn.Module  # pictures (B, 3, size, size) -> tokens (B, N, w)
 
@@ -93,7 +78,7 @@ class Backbone(nn.Module):
         "The parameters that a mode trains."
         raise NotImplementedError
 
-    def read(self, captions: Sequence[str]) -> Sequence[str]:
+    def read(self, captions: Sequence[str]) -> Any:
         "Captions in the form in which `text` and `query` take them fastest."
         return list(captions)
 
@@ -244,7 +229,8 @@ def used_parameters(
     modules = [bert.embeddings.LayerNorm, *(layer.attention for layer in layers)]
     if role != "visual":  # it reads text
         modules += [bert.embeddings.word_embeddings, bert.embeddings.position_embeddings]
-        for layer in layers if role == "textual" else layers[:-1]:
+        text_layers = layers if role == "textual" else layers[:-1]
+        for layer in text_layers:
             modules += [layer.intermediate, layer.output]
     if role != "textual":  # it has queries, which read a picture
         for layer in layers:
@@ -488,7 +474,7 @@ def pretrain(
     steps: int = 300,  # of the optimizer
     batch_size: int = 128,  # pictures with captions a step
     learning_rate: float = 1e-3,  # the highest, after a tenth of the steps
-    neighbours: int = 1,  # neighbouring pictures that share a batch; 3 suits the groups of CIRR
+    neighbours: int = 1,  # neighbouring pictures that share a batch; 3 suits drawn groups of six
     num_workers: int = 0,  # processes that decode pictures
     seed: int = 0,  # of order and dropout
     progress: bool = True,  # show how far the training is
@@ -539,7 +525,9 @@ def _draw_batches(pictures, batch_size, neighbours, num_workers, seed) -> Iterat
             f"{len(pictures)} captioned pictures do not fill a batch of {batch_size}; draw more or lower the batch size"
         )
     while True:
-        order = shuffled_blocks(len(pictures), neighbours, seed + 7919 * pictures.epoch)
+        order = shuffled_blocks(
+            len(pictures), neighbours, seed + 7919 * pictures.epoch
+        )  # 7919: seeds of near runs never meet
         yield from DataLoader(pictures, batch_size, sampler=order, drop_last=True, num_workers=num_workers)
         pictures.epoch += 1
 

@@ -8,26 +8,18 @@ __all__ = ['OBJECTIVES', 'compositors', 'Encoded', 'Vectors', 'Logits', 'Losses'
 
 # %% ../nbs/method/08_model.ipynb #a96d18c1
 from collections.abc import Callable
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .associations import HingeCrossAttention
-from .associations import PairCompositor
-from .associations import TwinAttentionCompositor
+from .associations import HingeCrossAttention, PairCompositor, TwinAttentionCompositor
 from .composition import make_frame
-from .contrast import association_logits
-from .contrast import diagonal_loss
-from .contrast import in_float32
-from .encoders import Backbone
-from .encoders import Embedding
+from .contrast import association_logits, diagonal_loss, in_float32
+from .encoders import Backbone, Embedding
 from .errors import CalaError
-from .objectives import paper
-from .objectives import released
-from .objectives import two_way
+from .objectives import paper, released, two_way
 from .trust import import_class
 
 # %% ../nbs/method/08_model.ipynb #8b9d8c73
@@ -77,7 +69,7 @@ def _stack(first, second):
 def other_pictures(
     gallery: torch.Tensor,  # (G, d) features of all pictures of a gallery
     positions: torch.Tensor,  # (B,) where in the gallery the targets of the batch are
-) -> torch.Tensor:  # (G', d)
+) -> torch.Tensor:  # (G', d) with G' pictures that are no target of the batch
     "The features of the gallery without the targets of the batch."
     is_other = torch.ones(len(gallery), dtype=torch.bool, device=gallery.device)
     is_other[positions] = False
@@ -105,7 +97,7 @@ compositors: dict[str, Callable] = dict(tac=make_tac, pairs=make_pairs)  # by th
 
 # %% ../nbs/method/08_model.ipynb #b6594b7f
 class CaLa(nn.Module):
-    "Encoders, a composition frame for retrieval, and two associations for training."
+    "Encoders, a composition frame for QTM, and the modules of TBIA and CTR."
 
     def __init__(
         self,
@@ -186,8 +178,10 @@ class CaLa(nn.Module):
         if self.compositor is None:
             return Encoded(F_r, F_c, self.backbone.image(V_t), None)
         both = self.backbone.image(_stack(V_r, V_t))  # 2B pictures: the references, then the targets
-        references, targets = zip(*(part.chunk(2) for part in both))  # tokens, features and masks of each half
-        return Encoded(F_r, F_c, Embedding(*targets), Embedding(*references))
+        count = len(V_r)
+        references = Embedding(*(part[:count] for part in both))
+        targets = Embedding(*(part[count:] for part in both))
+        return Encoded(F_r, F_c, targets, references)
 
     def associate(
         self,
@@ -257,6 +251,7 @@ class CaLa(nn.Module):
     def train(self, mode: bool = True) -> "CaLa":
         "Training mode for the parts that train; frozen parts stay in evaluation mode."
         super().train(mode)
+        # The parts of the backbone, then the frame and the modules of the associations.
         for part in (*self.backbone.children(), *self.children()):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
@@ -297,7 +292,7 @@ class CaLa(nn.Module):
         self,
         rerank: bool = False,  # keep CTR's compositor, with which the best candidates are ranked again
     ) -> "CaLa":
-        "Remove the associations, which only training needs; the scores stay the same."
+        "Change this model in place: remove what only training needs, TBIA and CTR; the scores of QTM stay the same."
         self.hca = None
         self.w_tbia = self.config["hca_weight"] = self.config["alpha"] = 0.0
         if not rerank:

@@ -8,8 +8,7 @@ __all__ = ['paper', 'released', 'two_way']
 # %% ../nbs/method/07_objectives.ipynb #04d43e38
 import torch
 
-from .contrast import contrast
-from .contrast import contrast_both_ways
+from .contrast import contrast, contrast_both_ways
 from .errors import CalaError
 
 # %% ../nbs/method/07_objectives.ipynb #d1a96bb1

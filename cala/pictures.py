@@ -5,9 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from PIL import ImageFile
-from PIL import ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .errors import CalaError
 

@@ -6,12 +6,8 @@ So `LogLines` writes whole lines wherever standard error is not a terminal: a fi
 
 import os
 import sys
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.asyncio import tqdm as plain_tqdm
 from tqdm.auto import tqdm

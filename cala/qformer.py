@@ -13,8 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/method/03_qformer.ipynb #12db21a5
 def split_heads(
@@ -43,7 +42,7 @@ class MultiHead(nn.Module):
         self.value = nn.Linear(source_width, width)
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Queries (B, H, L, d/H), keys and values (B, H, N, d/H)."
+        "Query vectors (B, H, L, d/H), keys and values (B, H, N, d/H)."
         q, k, v = self.query(x), self.key(source), self.value(source)
         return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
 

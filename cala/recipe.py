@@ -3,19 +3,10 @@
 This module imports neither torch nor any other part of cala that does, because `cala-train --help` reads it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
-from operator import ge
-from operator import gt
-from operator import le
-from operator import lt
+from dataclasses import dataclass, field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any
-from typing import Literal
-from typing import get_args
-from typing import get_origin
-from typing import get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import CalaError
 
@@ -136,7 +127,7 @@ class KeepRecipe:
     "What is kept, and where the log goes."
 
     output: str | None = None  # the run's folder; None: runs/<dataset>-<backbone>-<frame>
-    resume: str | None = None  # go on with the run in this folder
+    resume: str | None = None  # go on with the run in this folder, with its flags where none is given
     save_training: bool = True  # keep the state after every epoch, to resume from (last/)
     save_best: bool = True  # keep the weights with the best validation score (best/)
     save_steps: int = number(0, least=0)  # save the state also after this many steps; 0: only after epochs
@@ -177,7 +168,7 @@ def split_words(
 ) -> tuple[str, ...]:
     "The words of a flag that is a list, in small letters."
     words = given.replace(",", " ").split() if isinstance(given, str) else given
-    return tuple(word.lower() for word in words)
+    return tuple(str(word).lower() for word in words)
 
 
 def list_choices(

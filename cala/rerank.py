@@ -16,18 +16,21 @@ from torch import Tensor
 from .data import Triplets
 from .errors import CalaError
 from .model import CaLa
-from .retrieval import Embedded
-from .retrieval import Ranks
-from .retrieval import Result
-from .retrieval import as_list
-from .retrieval import check_groups
-from .retrieval import check_scores
-from .retrieval import count_rivals
-from .retrieval import embed
-from .retrieval import evaluating
-from .retrieval import measure
-from .retrieval import pick_scores
-from .retrieval import read_targets
+from cala.retrieval import (
+    Embedded,
+    Ranks,
+    Result,
+    as_list,
+    check_bar,
+    check_groups,
+    check_scores,
+    count_rivals,
+    embed,
+    evaluating,
+    measure,
+    pick_scores,
+    read_targets,
+)
 
 # %% ../nbs/method/11_rerank.ipynb #41c6a125
 @dataclass
@@ -36,7 +39,7 @@ class Reranker:
 
     model: CaLa  # trained with --ctr pairs
     candidates: int = 20  # K, how many pictures of each query are ranked again
-    weight: float = 0.2  # w, of the CTR logit
+    weight: float = 0.2  # w, of the CTR logit; `sweep_weights` chooses it on data
 
     def __post_init__(self):
         if self.candidates < 1:
@@ -90,7 +93,8 @@ class Reranker:
         groups: Tensor | None,  # (q, 6) gallery positions
     ) -> Ranks:
         "Ranks of some queries: by QTM, and by the second scores where the target is a candidate."
-        higher, ties = count_rivals(z_qtm, pick_scores(z_qtm, targets[:, None]), targets, exclude)
+        bar = check_bar(pick_scores(check_scores(z_qtm), targets[:, None]))
+        higher, ties = count_rivals(z_qtm, bar, targets, exclude)
         if exclude is not None:
             z_qtm = z_qtm.scatter(1, exclude[:, None], -torch.inf)
         candidates = z_qtm.topk(min(self.candidates, z_qtm.shape[1])).indices
@@ -113,11 +117,14 @@ class Reranker:
         targets: Tensor,  # (Q,) gallery positions
         exclude: Tensor | None = None,  # (Q,) gallery positions that never count; with groups, the references
         groups: Tensor | None = None,  # (Q, 6) gallery positions
-        held: int = 2**24,  # scores in memory at once
+        held: int = 2**26,  # numbers in memory at once: scores, and what the compositor computes for the candidates
     ) -> Ranks:  # on the CPU
         "`cala.retrieval.rank_queries`, with the best candidates ranked again."
         check_groups(targets, exclude, groups)
-        rows = max(1, held // max(1, len(gallery)))
+        count, dim = min(self.candidates, len(gallery)), gallery.shape[1]
+        rows = max(
+            1, held // max(1, len(gallery), 8 * count * dim)
+        )  # features d, hidden layer 2 d before and after GELU
         parts = []
         with evaluating(self.model):
             for queries in torch.arange(len(reference)).split(rows):
@@ -170,5 +177,5 @@ def sweep_weights(
 def best_weight(
     sweep: pd.DataFrame,  # of `sweep_weights`
 ) -> float:
-    "The weight with the best mean; of equal ones the smallest."
+    "The weight with the best mean; of equal ones the first."
     return float(sweep.rerank_weight[sweep["mean"].idxmax()])

@@ -16,24 +16,15 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from .data import Triplets
-from .data import collate
-from .data import open_dataset
-from .encoders import find_backbone
-from .encoders import make_backbone
-from .encoders import read_vocabulary
-from .encoders import shuffled_blocks
-from .errors import CalaError
-from .errors import count_things
-from .model import CaLa
-from .model import find_model_class
-from .options import accepts
+from .data import Triplets, collate, open_dataset
+from .encoders import find_backbone, make_backbone, read_vocabulary, shuffled_blocks
+from .errors import CalaError, count_things
+from .model import CaLa, find_model_class
+from .options import accepts, list_options
 from .recipe import Recipe
-from .retrieval import Result
-from .retrieval import evaluate
+from .retrieval import Result, evaluate
 
 # %% ../nbs/method/10_training.ipynb #4d7fde84
 FACTORS = dict(backbone=1, fresh=2, hca=2, compositor=2, frame=10)  # times the learning rate; 2 for any other part
@@ -206,18 +197,10 @@ def make_model(
     if recipe.embeds_dim not in (None, backbone.dim):
         has = f"this {backbone.name} backbone has {backbone.dim}"
         raise CalaError(f"--embeds-dim {recipe.embeds_dim}: {has}; leave the flag out or correct it")
+    shared = {name: getattr(recipe, name) for name in list_options(CaLa) if hasattr(recipe, name)}  # the same names
     model = find_model_class(recipe.model_class)(
         backbone,
-        cir_frame=recipe.cir_frame,
-        objective=recipe.objective,
-        tac_weight=recipe.tac_weight,
-        hca_weight=recipe.hca_weight,
-        alpha=recipe.alpha,
-        beta=recipe.beta,
-        ctr=recipe.ctr,
-        hca_dropout=recipe.hca_dropout,
-        tbia_scale=recipe.tbia_scale,
-        ctr_scale=recipe.ctr_scale,
+        **shared,
         normalise=None if recipe.features is None else recipe.features == "normalised",
         mask_padding=None if recipe.padding is None else recipe.padding == "masked",
         frame_options=_frame_options(recipe),
@@ -286,7 +269,7 @@ class Learner:
         self,
         recipe: Recipe,  # how to train
         model: CaLa,  # or any module that gives a named tuple of losses, the total first
-        data: Triplets,  # to train on, or a subset of them
+        data: Triplets,  # to train on
         callbacks: list[Callback] | tuple = (),
         accelerator: Accelerator | None = None,  # None: a new one, in the precision of the recipe
         optimizer: torch.optim.Optimizer | None = None,  # None: `make_optimizer`
@@ -340,6 +323,7 @@ class Learner:
     def train_epoch(self):
         "One pass over the triplets, or what is left of it."
         epoch = self.epochs_done + 1
+        # Large factors, so that seeds of other runs, epochs and processes differ.
         set_seed((self.recipe.seed * 100_003 + epoch + 7_654_321 * self.accelerator.process_index) % 2**32)
         self.loader.batch_sampler.set_epoch(epoch, self.position)
         self.data.set_epoch(epoch)
@@ -354,7 +338,7 @@ class Learner:
 
     def train_step(self):
         "Losses, gradient, update, and a row of the log."
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.optimizer.param_groups[0]["lr"]  # of the first group, for the log
         self.losses = self.compute_losses()
         self.values = self.average(self.losses)
         try:
@@ -478,6 +462,7 @@ class KeepBest(Callback):
 
     def save(self, learner: Learner):
         latest = learner.metrics[-1] if learner.metrics else {}
+        # `cala.library.resume` also sends `save` in the middle of an epoch, when nothing new was validated.
         is_fresh = learner.position == 0 and latest.get("epoch") == learner.epochs_done
         if is_fresh and latest is best_row(learner.metrics) and learner.accelerator.is_main_process:
             self.write(learner.core, latest)

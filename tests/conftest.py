@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from small_runs import server  # noqa: F401
-from small_runs import world  # noqa: F401
+from small_runs import (
+    server,  # noqa: F401
+    world,  # noqa: F401
+)
 
 # These modules fork, kill and limit processes by means of Linux; the package itself uses none of them.
 NEED_LINUX = [

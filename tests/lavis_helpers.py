@@ -1,8 +1,7 @@
 "LAVIS without network, for the tests that compare with it."
 
 import importlib.util
-from contextlib import ExitStack
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,8 +46,7 @@ def offline_lavis(folder, **sizes):
     These are bert-base-uncased's tokenizer, configuration and weights (random), the files of both trunks, and the
     checkpoint. `sizes` are those of BERT's configuration, full if left out.
     """
-    from lavis.models import clip_vit
-    from lavis.models import eva_vit
+    from lavis.models import clip_vit, eva_vit
     from lavis.models.blip2_models import blip2
 
     tokenizer = blip2.BertTokenizer(str(write_vocabulary(folder)))

@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cala.data import open_dataset
-from cala.encoders import load_backbone
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
-from cala.encoders import save_backbone
+from cala.encoders import load_backbone, make_backbone, read_vocabulary, save_backbone
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
 

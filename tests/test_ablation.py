@@ -12,15 +12,11 @@ import torch
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library import ablation
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
-from cala.library.flags import ABLATION_WORLDS
-from cala.library.flags import Ablation
+from cala.library.cli import parse_flags, run_command
+from cala.library.flags import ABLATION_WORLDS, Ablation
 from cala.library.run import make_learner
-from cala.model import CaLa
-from cala.model import compositors
-from cala.recipe import RECIPES
-from cala.recipe import Recipe
+from cala.model import CaLa, compositors
+from cala.recipe import RECIPES, Recipe
 from cala.scripts.ablation import main
 
 COMMITTED = Path(__file__).parent.parent / "nbs/tutorials/ablation"
@@ -216,6 +212,7 @@ def test_the_readme_shows_the_committed_effects():
     for metric, worlds in (
         ("kept_mean", ("cirr", "cirr_hard", "fashioniq", "fashioniq_hard")),
         ("kept_group_recall_at1", ("cirr", "cirr_hard")),
+        ("kept_recall_at1", ("cirr", "cirr_hard", "fashioniq", "fashioniq_hard")),
     ):
         effects = ablation.compute_effects(rows, metric).set_index(["arm", "world"])
         for arm in shown:
@@ -243,6 +240,8 @@ def test_the_committed_rows_hold_what_the_readme_concludes():
         assert -mean.loc[("QTM at scale 100", world), "mean"] > best
     for arm in ("released mixture at scale 6", "+TBIA +CTR raw, weights 0.1, at scale 6"):
         assert mean.loc[(arm, "cirr"), "high"] < 0 and mean.loc[(arm, "fashioniq"), "high"] < 0
+    cosines = mean.loc["+TBIA +CTR cosine x100, weights 0.1, at scale 6"]
+    assert cosines.high["cirr"] < 0 and cosines.low["fashioniq"] < 0 < cosines.high["fashioniq"]
     for world in ("cirr", "cirr_hard"):
         for arm in ("+CTR pairs", "+CTR pairs, weight 1"):
             again = f"{arm}, ranked again"
@@ -258,6 +257,24 @@ def test_the_committed_rows_hold_what_the_readme_concludes():
     assert mixture.low > 0 and abs(mixture["mean"] - at_100.loc["QTM at scale 55", "mean"]) < 0.5
     for arm in ("released mixture at scale 100", "+TBIA +CTR raw, weights 0.1, at scale 100"):
         assert at_100.loc[arm, "mean"] > 0 > mean.loc[(arm, "cirr"), "high"]
+    cosines = at_100.loc["+TBIA +CTR cosine x100, weights 0.1, at scale 100"]
+    assert cosines.low < 0 < cosines.high
+
+
+def test_the_committed_rows_hold_what_the_readme_concludes_of_recall_at_1():
+    rows = pd.read_csv(COMMITTED / "rows.csv")
+    rows = ablation.add_second_stage(rows[rows.setting == "standard"])
+    equal_steps, equal_compute = (
+        ablation.compute_effects(rows, "kept_recall_at1", against).set_index(["arm", "world"])
+        for against in (ablation.BASELINE, "QTM at scale 6, 25% more steps")
+    )
+    hard = ("+CTR pairs, weight 1, ranked again", "cirr_hard")
+    for effects, expected in ((equal_steps, -4.1), (equal_compute, -8.1)):
+        assert effects.loc[hard, "high"] < 0 and round(effects.loc[hard, "mean"], 1) == expected
+    again = ("+CTR pairs, ranked again", "fashioniq")
+    assert equal_compute.loc[again, "low"] > 0
+    control = equal_steps.loc[("+matching head, weight 1, ranked again", "fashioniq"), "mean"]
+    assert control < equal_steps.loc[again, "mean"]
 
 
 def test_the_committed_rows_hold_what_the_readme_concludes_of_other_settings():

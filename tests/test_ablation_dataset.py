@@ -7,20 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cala.data import CIRR
-from cala.data import FashionIQ
+from cala.data import CIRR, FashionIQ
 from cala.errors import CalaError
 from cala.library import ablation_dataset
-from cala.library.ablation_dataset import list_association_arms
-from cala.library.ablation_dataset import list_jobs
-from cala.library.ablation_dataset import name_kind
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.ablation_dataset import list_association_arms, list_jobs, name_kind
+from cala.library.cli import parse_flags, run_command
 from cala.library.flags import Ablation
-from cala.library.holdout import keep_held_out_part
-from cala.library.holdout import keep_training_part
-from cala.library.holdout import list_pictures
-from cala.library.holdout import split_triplets
+from cala.library.holdout import keep_held_out_part, keep_training_part, list_pictures, split_triplets
 from cala.library.resume import StopOnSignal
 from cala.recipe import Recipe
 from cala.scripts.ablation import main

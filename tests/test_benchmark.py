@@ -10,19 +10,20 @@ import torch.nn.functional as F
 
 from cala.composition import Artemis
 from cala.errors import CalaError
-from cala.library import benchmark
-from cala.library import gpu
-from cala.library.benchmark import draw_batch_world
-from cala.library.benchmark import draw_ranking
-from cala.library.benchmark import examine_step
-from cala.library.benchmark import gradient_difference
-from cala.library.benchmark import make_benchmark_model
-from cala.library.benchmark import make_levels
-from cala.library.benchmark import measure_epoch
-from cala.library.benchmark import measure_ranking
-from cala.library.benchmark import measure_steps
-from cala.library.benchmark import redraw_linear_layers
-from cala.library.benchmark import score_by_loop
+from cala.library import benchmark, gpu
+from cala.library.benchmark import (
+    draw_batch_world,
+    draw_ranking,
+    examine_step,
+    gradient_difference,
+    make_benchmark_model,
+    make_levels,
+    measure_epoch,
+    measure_ranking,
+    measure_steps,
+    redraw_linear_layers,
+    score_by_loop,
+)
 from cala.library.cli import run_command
 from cala.library.flags import Benchmark
 from cala.scripts.benchmark import main

@@ -13,41 +13,41 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cala.backbones.blip2 as blip2
 import cala.backbones.weights as weights
-from cala.backbones.blip2 import SIZES
-from cala.backbones.blip2 import FrozenTrunk
-from cala.backbones.blip2 import WordPieces
-from cala.backbones.blip2 import clip_tower
-from cala.backbones.blip2 import eva_tower
-from cala.backbones.blip2 import load_lavis_state
-from cala.backbones.blip2 import load_tower
-from cala.backbones.blip2 import translate_trunk
+from cala.backbones.blip2 import (
+    SIZES,
+    FrozenTrunk,
+    WordPieces,
+    clip_tower,
+    eva_tower,
+    load_lavis_state,
+    load_tower,
+    translate_trunk,
+)
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library.checkpoint import save_checkpoint
-from cala.library.flags import BLIP2_ROLES
-from cala.library.flags import DataFlags
-from cala.library.flags import ModelFlags
+from cala.library.flags import BLIP2_ROLES, DataFlags, ModelFlags
 from cala.library.loading import build_model
 from cala.library.results import describe_run
 from cala.model import CaLa
 from cala.qformer import QFormer
-from hostile import BOMBS
-from hostile import Bomb
-from lavis_helpers import VOCABULARY
-from lavis_helpers import Stub
-from lavis_helpers import allow_float64
-from lavis_helpers import convert_to_hub
-from lavis_helpers import draw_eva
-from lavis_helpers import features
-from lavis_helpers import lavis_model
-from lavis_helpers import needs_lavis
-from lavis_helpers import offline_lavis
-from lavis_helpers import write_vocabulary
+from hostile import BOMBS, Bomb
+from lavis_helpers import (
+    VOCABULARY,
+    Stub,
+    allow_float64,
+    convert_to_hub,
+    draw_eva,
+    features,
+    lavis_model,
+    needs_lavis,
+    offline_lavis,
+    write_vocabulary,
+)
 
 CAPTIONS = ["make the star red and remove the circle", "two stars", "Sleeveless, longer and more blue.", "café"]
 SMALL = dict(

@@ -16,41 +16,38 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import distributed
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 import cala.library.cache.build
 import cala.library.cache.files
 import cala.library.files
-from cala.data import CIRR
-from cala.data import Gallery
-from cala.data import collate
-from cala.data import image_transform
+from cala.data import CIRR, Gallery, collate, image_transform
 from cala.encoders import make_backbone
 from cala.errors import CalaError
-from cala.library.cache import TargetSide
-from cala.library.cache import TokenCache
-from cala.library.cache import cache_targets
-from cala.library.cache import cache_tokens
-from cala.library.cache import choose_cache
-from cala.library.cache import open_tokens
-from cala.library.cache import use_caches
-from cala.library.cache import use_targets
-from cala.library.cache import use_tokens
-from cala.library.cache.build import CacheBuild
-from cala.library.cache.build import Estimate
-from cala.library.cache.files import cache_place
-from cala.library.cache.files import describe_cache
-from cala.library.cache.files import fingerprint
+from cala.library.cache import (
+    TargetSide,
+    TokenCache,
+    cache_targets,
+    cache_tokens,
+    choose_cache,
+    open_tokens,
+    use_caches,
+    use_targets,
+    use_tokens,
+)
+from cala.library.cache.build import CacheBuild, Estimate
+from cala.library.cache.files import cache_place, describe_cache, fingerprint
 from cala.library.cli import parse_flags
 from cala.library.run import train
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.recipe import Recipe
 from cala.retrieval import evaluate
-from small_runs import train_flags
-from small_runs import world  # noqa: F401
+from small_runs import (
+    train_flags,
+    world,  # noqa: F401
+)
 
 PICTURES, SHARD = 40, 8
 DiskUsage = namedtuple("DiskUsage", "free")

@@ -11,8 +11,7 @@ from accelerate import PartialState
 import cala.library.cache.build
 import cala.library.cache.jobs
 from cala.data import CIRR
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
+from cala.encoders import make_backbone, read_vocabulary
 from cala.errors import CalaError
 from cala.library.cache import TokenCache
 from cala.library.checkpoint import save_checkpoint
@@ -24,8 +23,10 @@ from cala.scripts.cirr_submission import main as submission
 from cala.scripts.combiner import main as combiner
 from cala.scripts.train import main as train
 from cala.scripts.validate import main as validate
-from small_runs import train_flags
-from small_runs import world  # noqa: F401
+from small_runs import (
+    train_flags,
+    world,  # noqa: F401
+)
 
 
 def run_cache(world, folder, *more):

@@ -11,8 +11,7 @@ from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command
 from cala.library.worlds.scenes import draw_cirr
 from cala.recipe import Recipe
-from cala.scripts import cirr_submission
-from cala.scripts import validate
+from cala.scripts import cirr_submission, validate
 from cala.training import make_model
 from small_runs import one_thread  # noqa: F401
 

@@ -14,38 +14,32 @@ import torch
 from PIL import Image
 
 from cala.composition import make_frame
-from cala.errors import CalaError
-from cala.errors import count_things
+from cala.errors import CalaError, count_things
 from cala.library.audit import audit
 from cala.library.checkpoint import save_checkpoint
-from cala.library.circo import CIRCO
-from cala.library.circo import CIRCO_AT
-from cala.library.circo import GALLERY_FILE
-from cala.library.circo import PICTURE_FOLDER
-from cala.library.circo import average_precision
-from cala.library.circo import check_circo_submittable
-from cala.library.circo import circo_baselines
-from cala.library.circo import circo_metrics
-from cala.library.circo import find_circo_faults
-from cala.library.circo import measure_circo
-from cala.library.circo import place_truths
-from cala.library.circo import rank_circo
-from cala.library.circo import top_columns
-from cala.library.circo import write_circo_submission
+from cala.library.circo import (
+    CIRCO,
+    CIRCO_AT,
+    GALLERY_FILE,
+    PICTURE_FOLDER,
+    average_precision,
+    check_circo_submittable,
+    circo_baselines,
+    circo_metrics,
+    find_circo_faults,
+    measure_circo,
+    place_truths,
+    rank_circo,
+    top_columns,
+    write_circo_submission,
+)
 from cala.library.cli import run_command
-from cala.library.worlds.circo import EDIT_ASPECTS
-from cala.library.worlds.circo import draw_circo
-from cala.library.worlds.scenes import Thing
-from cala.library.worlds.scenes import difference
-from cala.library.worlds.scenes import draw_cirr
-from cala.library.worlds.scenes import make_scene
-from cala.retrieval import Embedded
-from cala.retrieval import embed
-from cala.scripts import circo_submission
-from cala.scripts import validate
+from cala.library.worlds.circo import EDIT_ASPECTS, draw_circo
+from cala.library.worlds.scenes import Thing, difference, draw_cirr, make_scene
+from cala.retrieval import Embedded, embed
+from cala.scripts import circo_submission, validate
 from saved_models import tiny
-from stand_ins import REAL
-from stand_ins import needs_real
+from stand_ins import REAL, needs_real
 
 
 @pytest.fixture(scope="module")

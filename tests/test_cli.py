@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +14,7 @@ import pytest
 
 import cala
 from cala.errors import CalaError
-from cala.library.cli import command
-from cala.library.cli import describe_error
-from cala.library.cli import parse_flags
-from cala.library.cli import prepare_output
-from cala.library.cli import run_command
+from cala.library.cli import command, describe_error, parse_flags, prepare_output, run_command
 
 
 @dataclass

@@ -16,20 +16,14 @@ from torch import nn
 
 import cala.backbones.clip as room
 import cala.backbones.weights as weights
-from cala.backbones.clip import Clip
-from cala.backbones.clip import cut_tower
-from cala.backbones.clip import find_architecture
-from cala.backbones.clip import open_model
-from cala.backbones.clip import shrink
+from cala.backbones.clip import Clip, cut_tower, find_architecture, open_model, shrink
 from cala.data import image_transform
 from cala.encoders import make_backbone
 from cala.errors import CalaError
-from cala.library.checkpoint import load_checkpoint
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import load_checkpoint, save_checkpoint
 from cala.model import CaLa
 from cala.training import parameter_groups
-from hostile import BOMBS
-from hostile import Bomb
+from hostile import BOMBS, Bomb
 
 CAPTIONS = [
     "make the star red",

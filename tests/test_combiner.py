@@ -10,20 +10,14 @@ import torch
 from cala.composition import Combiner
 from cala.data import open_dataset
 from cala.encoders import load_backbone
-from cala.library.checkpoint import load_checkpoint
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
-from cala.library.combiner import PICTURE_ALONE
-from cala.library.combiner import TextFeatures
+from cala.library.checkpoint import load_checkpoint, read_recipe, save_checkpoint
+from cala.library.cli import parse_flags, run_command
+from cala.library.combiner import PICTURE_ALONE, TextFeatures
 from cala.library.flags import CombinerRecipe
 from cala.library.released import load_released
 from cala.model import CaLa
-from cala.scripts import combiner
-from cala.scripts import validate
-from small_runs import draw_small_world
-from small_runs import lines_of
+from cala.scripts import combiner, validate
+from small_runs import draw_small_world, lines_of
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,20 @@
 import pytest
 import torch
 
-from cala.backbones.contract import BrokenPromise
-from cala.backbones.contract import check_backbone
-from cala.backbones.contract import check_batches
-from cala.backbones.contract import check_config
-from cala.backbones.contract import check_gradients
-from cala.backbones.contract import check_inputs
-from cala.backbones.contract import check_modes
-from cala.backbones.contract import check_repeats
-from cala.backbones.contract import check_shapes
-from cala.backbones.contract import contract
+from cala.backbones.contract import (
+    BrokenPromise,
+    check_backbone,
+    check_batches,
+    check_config,
+    check_gradients,
+    check_inputs,
+    check_modes,
+    check_repeats,
+    check_shapes,
+    contract,
+)
 from cala.data import image_transform
-from cala.encoders import Tiny
-from cala.encoders import make_backbone
+from cala.encoders import Tiny, make_backbone
 from cala.errors import CalaError
 
 WORDS = "make it red the small star green and large".split()

@@ -18,19 +18,13 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import read_recipe, save_checkpoint
 from cala.library.cli import run_command
 from cala.library.resume import Resume
 from cala.scripts.train import main
-from cala.training import CSVLog
-from cala.training import KeepBest
-from cala.training import Learner
-from cala.training import Validate
+from cala.training import CSVLog, KeepBest, Learner, Validate
 from saved_models import tiny
-from small_runs import exit_code
-from small_runs import read_results
-from small_runs import train_flags
+from small_runs import exit_code, read_results, train_flags
 
 EPOCHS = 4
 

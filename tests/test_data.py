@@ -13,35 +13,31 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.transforms as T
-from PIL import Image
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from cala.annotations import FOLDERS
-from cala.annotations import data_folder
-from cala.data import CIRR
-from cala.data import CLIP_MEAN
-from cala.data import CLIP_STD
-from cala.data import TEXT_FORMS
-from cala.data import FashionIQ
-from cala.data import collate
-from cala.data import fashioniq_text
-from cala.data import image_transform
-from cala.data import open_dataset
-from cala.data import pad
+from cala.annotations import FOLDERS, data_folder
+from cala.data import (
+    CIRR,
+    CLIP_MEAN,
+    CLIP_STD,
+    TEXT_FORMS,
+    FashionIQ,
+    collate,
+    fashioniq_text,
+    image_transform,
+    open_dataset,
+    pad,
+)
 from cala.errors import CalaError
 from cala.library.audit import audit
 from cala.library.cli import run_command
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
-from cala.pictures import read_picture
-from cala.pictures import resolve_folder
-from cala.scripts import combiner
-from cala.scripts import train
-from cala.scripts import validate
-from small_runs import draw_small_world
-from small_runs import train_flags
+from cala.pictures import read_picture, resolve_folder
+from cala.scripts import combiner, train, validate
+from small_runs import draw_small_world, train_flags
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published annotations are not here")
@@ -502,7 +498,7 @@ def test_the_text_form_is_the_same_for_every_split_and_epoch(root):
             data.set_epoch(epoch)
             assert data.caption(0) == f"{first.capitalize()}, {second}"
         assert data.choices() == dict(text_form="comma")
-    assert FashionIQ(root, "train").choices() == dict(text_form="drawn")
+    assert FashionIQ(root, "train").choices() == dict(text_form="random")
 
 
 def test_one_sentence_a_triplet_is_read_and_a_mixture_is_not(root):

@@ -8,18 +8,14 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from nbformat.v4 import new_code_cell
-from nbformat.v4 import new_markdown_cell
-from nbformat.v4 import new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from cala import Recipe
-from cala import train
+from cala import Recipe, train
 from cala.encoders import load_backbone
 from cala.errors import CalaError
 from cala.library import demo as demo_steps
 from cala.library.cli import parse_flags
-from cala.library.report import render_page
-from cala.library.report import write_report
+from cala.library.report import render_page, write_report
 from cala.scripts.demo import Demo
 
 ROWS = ["chance", "image only", "text only", "QTM", "CaLa (ours)", "CaLa (ours), ranked again"]

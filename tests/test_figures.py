@@ -3,8 +3,7 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from importlib.util import module_from_spec
-from importlib.util import spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest

@@ -16,21 +16,23 @@ import torch
 
 from cala.errors import CalaError
 from cala.library import files
-from cala.library.files import FileMark
-from cala.library.files import check_output_folder
-from cala.library.files import find_whole_folder
-from cala.library.files import fingerprint_bytes
-from cala.library.files import fingerprint_file
-from cala.library.files import fingerprint_tensors
-from cala.library.files import hash_bytes
-from cala.library.files import hash_file
-from cala.library.files import hash_tensors
-from cala.library.files import is_unchanged
-from cala.library.files import lock_folder
-from cala.library.files import make_output_folder
-from cala.library.files import mark_file
-from cala.library.files import replace_folder
-from cala.library.files import write_atomically
+from cala.library.files import (
+    FileMark,
+    check_output_folder,
+    find_whole_folder,
+    fingerprint_bytes,
+    fingerprint_file,
+    fingerprint_tensors,
+    hash_bytes,
+    hash_file,
+    hash_tensors,
+    is_unchanged,
+    lock_folder,
+    make_output_folder,
+    mark_file,
+    replace_folder,
+    write_atomically,
+)
 
 # Hashes
 

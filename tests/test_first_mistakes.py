@@ -4,23 +4,13 @@ import importlib
 import inspect
 import shutil
 from dataclasses import is_dataclass
-from typing import Literal
-from typing import get_args
-from typing import get_origin
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from cala.errors import CalaError
-from cala.library.cli import find_name
-from cala.library.cli import is_list_type
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
-from cala.library.cli import spell_flag
-from cala.library.cli import strip_none
-from small_runs import draw_small_world
-from small_runs import lines_of
-from small_runs import train_flags
+from cala.library.cli import find_name, is_list_type, parse_flags, run_command, spell_flag, strip_none
+from small_runs import draw_small_world, lines_of, train_flags
 
 SCRIPTS = "train validate cirr_submission combiner check cache search ablation demo benchmark".split()
 COMMANDS = {find_name(importlib.import_module(f"cala.scripts.{name}").__file__): name for name in SCRIPTS}
@@ -133,7 +123,7 @@ MISTAKES = {
         (f"{RUN} --resume H/run --output out", "--resume H/run goes on in that folder; leave out --output out"),
         (f"{RUN} --resume H/run --no-save-training", "leave out --no-save-training"),
         (f"{RUN} --resume H/run --batch-size 8", "--batch-size is 16 there and 8 here"),
-        ("--resume H/run", "is of another recipe", "--encoder-arch is tiny there and blip2 here"),
+        ("--resume H/run --encoder-arch blip2", "is of another recipe", "--encoder-arch is tiny there and blip2 here"),
     ],
     "cala-validate": [
         ("", "no data set is named; give --dataset CIRR"),

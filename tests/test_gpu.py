@@ -15,21 +15,21 @@ from accelerate.optimizer import AcceleratedOptimizer
 from cala.data import CIRR
 from cala.encoders import make_backbone
 from cala.library.cache import cache_tokens
-from cala.library.checkpoint import load_checkpoint
-from cala.library.checkpoint import save_checkpoint
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.checkpoint import load_checkpoint, save_checkpoint
+from cala.library.cli import parse_flags, run_command
 from cala.library.run import train
 from cala.model import CaLa
 from cala.recipe import Recipe
 from cala.retrieval import embed
 from cala.scripts.train import main
 from cala.training import Learner
-from small_runs import lines_of
-from small_runs import one_thread  # noqa: F401
-from small_runs import read_results
-from small_runs import still_flags
-from small_runs import train_flags
+from small_runs import (
+    lines_of,
+    one_thread,  # noqa: F401
+    read_results,
+    still_flags,
+    train_flags,
+)
 
 DEVICE = torch.device(os.environ.get("CALA_TEST_DEVICE", "cpu"))
 CPU = torch.device("cpu")

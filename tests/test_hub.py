@@ -4,16 +4,13 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import cala.library.hub
 from cala.errors import CalaError
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
-from cala.library.hub import FILES
-from cala.library.hub import HubCheckpoint
+from cala.library.checkpoint import read_recipe, save_checkpoint
+from cala.library.hub import FILES, HubCheckpoint
 from cala.library.resume import recipe_to_save
 from cala.recipe import Recipe
 from saved_models import tiny

@@ -9,14 +9,15 @@ from cala.composition import frames
 from cala.encoders import MODES
 from cala.errors import CalaError
 from cala.library.checkpoint import load_checkpoint
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.cli import parse_flags, run_command
 from cala.library.run import train
 from cala.recipe import Recipe
 from cala.scripts import validate
 from cala.training import Learner
-from small_runs import one_thread  # noqa: F401
-from small_runs import train_flags
+from small_runs import (
+    one_thread,  # noqa: F401
+    train_flags,
+)
 
 BACKBONES = {  # words that choose it (train_flags has those of tiny), and the parts of it that a mode may change
     "tiny": ([], dict(both={"textual", "multimodal", "visual"}, multi={"textual", "multimodal"}, text={"textual"})),

@@ -6,22 +6,12 @@ import math
 import pytest
 import torch
 
-from cala.associations import HingeCrossAttention
-from cala.associations import TwinAttentionCompositor
-from cala.composition import Artemis
-from cala.composition import Combiner
-from cala.composition import Sum
-from cala.composition import frames
-from cala.composition import make_frame
-from cala.contrast import association_logits
-from cala.contrast import contrast
+from cala.associations import HingeCrossAttention, TwinAttentionCompositor
+from cala.composition import Artemis, Combiner, Sum, frames, make_frame
+from cala.contrast import association_logits, contrast
 from cala.errors import CalaError
-from cala.library.released import artemis_from_released
-from cala.library.released import combiner_from_released
-from cala.library.released import hca_from_released
-from cala.library.released import tac_from_released
-from cala.objectives import paper
-from cala.objectives import released
+from cala.library.released import artemis_from_released, combiner_from_released, hca_from_released, tac_from_released
+from cala.objectives import paper, released
 
 EXACT = dict(atol=1e-5, rtol=0)
 

@@ -11,19 +11,13 @@ import torch
 
 from cala.library.checkpoint import load_checkpoint
 from cala.library.cli import run_command
-from cala.library.processes import GatherWithGradient
-from cala.library.processes import gather_vectors
+from cala.library.processes import GatherWithGradient, gather_vectors
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import Vectors
 from cala.recipe import Recipe
-from cala.scripts import cirr_submission
-from cala.scripts import search
-from cala.scripts import train
-from cala.scripts import validate
+from cala.scripts import cirr_submission, search, train, validate
 from cala.training import make_model
-from small_runs import lines_of
-from small_runs import still_flags
-from small_runs import train_flags
+from small_runs import lines_of, still_flags, train_flags
 
 LESSON = Path(__file__).resolve().parents[1] / "nbs/method/08_model.ipynb"
 NAME = "backward_lesson:BackwardCaLa"

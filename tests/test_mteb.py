@@ -5,18 +5,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cala import draw_cirr
-from cala import draw_fashioniq
-from cala.data import CIRR
-from cala.data import FashionIQ
-from cala.data import image_transform
+from cala import draw_cirr, draw_fashioniq
+from cala.data import CIRR, FashionIQ, image_transform
 from cala.errors import CalaError
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import read_recipe, save_checkpoint
 from cala.library.cli import run_command
 from cala.library.mteb_model import MtebModel
-from cala.retrieval import embed
-from cala.retrieval import rank_queries
+from cala.retrieval import embed, rank_queries
 from cala.scripts.validate import main as validate
 from saved_models import tiny
 

@@ -12,18 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cala.data import CIRR
-from cala.data import FashionIQ
-from cala.data import image_transform
+from cala.data import CIRR, FashionIQ, image_transform
 from cala.encoders import make_backbone
 from cala.errors import CalaError
-from cala.library.cache import cache_tokens
-from cala.library.cache import open_tokens
+from cala.library.cache import cache_tokens, open_tokens
 from cala.library.checkpoint import save_checkpoint
 from cala.library.checkpoint import seal as sealed
 from cala.library.cli import run_command
@@ -31,8 +26,7 @@ from cala.library.submission import submission_faults
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
-from cala.scripts import check
-from cala.scripts import validate
+from cala.scripts import check, validate
 from small_runs import lines_of
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"

@@ -8,12 +8,7 @@ import pytest
 
 from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command
-from cala.library.needs import NEEDS
-from cala.library.needs import count_needs
-from cala.library.needs import describe_needs
-from cala.library.needs import label_queries
-from cala.library.needs import label_ranks
-from cala.library.needs import tabulate_needs
+from cala.library.needs import NEEDS, count_needs, describe_needs, label_queries, label_ranks, tabulate_needs
 from cala.library.worlds.circo import draw_circo
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr

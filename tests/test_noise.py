@@ -11,15 +11,15 @@ from cala.data import open_dataset
 from cala.errors import CalaError
 from cala.library import noise
 from cala.library.cli import run_command
-from cala.library.noise import measure_fit
-from cala.library.noise import shuffle_targets
-from cala.library.run import open_data
-from cala.library.run import open_model
+from cala.library.noise import measure_fit, shuffle_targets
+from cala.library.run import open_data, open_model
 from cala.recipe import Recipe
 from cala.retrieval import Embedded
 from cala.scripts import train
-from small_runs import one_thread  # noqa: F401
-from small_runs import train_flags
+from small_runs import (
+    one_thread,  # noqa: F401
+    train_flags,
+)
 
 
 def open_recipe(world, **options):

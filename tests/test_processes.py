@@ -22,9 +22,7 @@ from cala.library.checkpoint import load_checkpoint
 from cala.library.cli import run_command
 from cala.library.worlds.garments import draw_fashioniq
 from cala.scripts.train import main
-from small_runs import lines_of
-from small_runs import still_flags
-from small_runs import train_flags
+from small_runs import lines_of, still_flags, train_flags
 
 
 @pytest.fixture(scope="module")

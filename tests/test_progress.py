@@ -11,11 +11,9 @@ import torch
 
 from cala import progress
 from cala.library.cli import run_command
-from cala.progress import show_progress
-from cala.progress import show_tensors
+from cala.progress import show_progress, show_tensors
 from cala.scripts import train
-from small_runs import lines_of
-from small_runs import train_flags
+from small_runs import lines_of, train_flags
 
 
 @pytest.fixture

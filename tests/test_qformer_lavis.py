@@ -6,12 +6,7 @@ import torch
 from cala.backbones.blip2 import load_lavis_state
 from cala.errors import CalaError
 from cala.qformer import QFormer
-from lavis_helpers import VOCABULARY
-from lavis_helpers import Stub
-from lavis_helpers import allow_float64
-from lavis_helpers import features
-from lavis_helpers import lavis_model
-from lavis_helpers import needs_lavis
+from lavis_helpers import VOCABULARY, Stub, allow_float64, features, lavis_model, needs_lavis
 
 pytestmark = needs_lavis
 CAPTIONS = ["make the star red and remove the circle", "two stars"]

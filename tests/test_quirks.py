@@ -20,20 +20,15 @@ import torch
 
 from cala.data import open_dataset
 from cala.encoders import make_backbone
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.cli import parse_flags, run_command
 from cala.library.run import train
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
-from cala.model import CaLa
-from cala.model import Encoded
+from cala.model import CaLa, Encoded
 from cala.recipe import Recipe
 from cala.scripts.train import main
-from cala.training import Learner
-from cala.training import make_schedule
-from cala.training import parameter_groups
-from small_runs import lines_of
-from small_runs import train_flags
+from cala.training import Learner, make_schedule, parameter_groups
+from small_runs import lines_of, train_flags
 
 PROJECT = Path(__file__).parents[1]
 

@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cala.backbones.clip import find_architecture
-from cala.backbones.clip import open_model
-from cala.backbones.clip import shrink
+from cala.backbones.clip import find_architecture, open_model, shrink
 from cala.encoders import make_backbone
 from cala.errors import CalaError
-from cala.library.released import load_released
-from cala.library.released import read_released
+from cala.library.released import load_released, read_released
 from cala.model import CaLa
 from cala.qformer import QFormer
-from hostile import BOMBS
-from hostile import Bomb
+from hostile import BOMBS, Bomb
 
 DIM = 64
 

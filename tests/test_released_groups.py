@@ -8,16 +8,11 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
 from cala.data import open_dataset
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
+from cala.encoders import make_backbone, read_vocabulary
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.recipe import Recipe
-from cala.training import Learner
-from cala.training import Schedule
-from cala.training import make_loader
-from cala.training import make_optimizer
-from cala.training import parameter_groups
+from cala.training import Learner, Schedule, make_loader, make_optimizer, parameter_groups
 
 MULTI = ["multimodal", "multimodal.query_tokens", "textual"]
 VISUAL = ["visual", "visual.query_tokens"]

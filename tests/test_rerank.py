@@ -5,13 +5,8 @@ import json
 import pytest
 import torch
 
-from cala import CIRR
-from cala import Reranker
-from cala import draw_cirr
-from cala import evaluate_again
-from cala import load_checkpoint
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
+from cala import CIRR, Reranker, draw_cirr, evaluate_again, load_checkpoint
+from cala.encoders import make_backbone, read_vocabulary
 from cala.errors import CalaError
 from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command

@@ -13,29 +13,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cala.composition import Artemis
-from cala.composition import Combiner
-from cala.composition import Sum
-from cala.data import CIRR
-from cala.data import FashionIQ
+from cala.composition import Artemis, Combiner, Sum
+from cala.data import CIRR, FashionIQ
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library.gallery import top_k
-from cala.library.submission import check_cirr_submission
-from cala.library.submission import submission_faults
-from cala.library.submission import write_cirr_submission
+from cala.library.submission import check_cirr_submission, submission_faults, write_cirr_submission
 from cala.library.worlds.garments import draw_fashioniq
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
-from cala.retrieval import chance
-from cala.retrieval import cirr_metrics
-from cala.retrieval import embed
-from cala.retrieval import evaluate
-from cala.retrieval import fashioniq_metrics
-from cala.retrieval import measure
-from cala.retrieval import rank_queries
-from cala.retrieval import rank_table
-from cala.retrieval import target_ranks
+from cala.retrieval import (
+    chance,
+    cirr_metrics,
+    embed,
+    evaluate,
+    fashioniq_metrics,
+    measure,
+    rank_queries,
+    rank_table,
+    target_ranks,
+)
 
 
 def problem(seed, Q=37, N=53, ties=False):

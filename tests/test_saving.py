@@ -11,21 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cala.encoders import load_backbone
-from cala.encoders import make_backbone
-from cala.encoders import save_backbone
+from cala.encoders import load_backbone, make_backbone, save_backbone
 from cala.errors import CalaError
-from cala.library.checkpoint import load_checkpoint
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import load_checkpoint, read_recipe, save_checkpoint
 from cala.library.cli import run_command
 from cala.library.files import find_whole_folder
 from cala.model import CaLa
 from cala.scripts import validate
 from cala.scripts.train import main
-from small_runs import lines_of
-from small_runs import read_results
-from small_runs import train_flags
+from small_runs import lines_of, read_results, train_flags
 
 
 @pytest.fixture(autouse=True)

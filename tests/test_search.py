@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 
 from cala.data import CIRR
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
+from cala.encoders import make_backbone, read_vocabulary
 from cala.library import search
 from cala.library.checkpoint import save_checkpoint
 from cala.library.cli import run_command
 from cala.library.loading import ModelFlags
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
-from cala.rerank import Reranker
-from cala.rerank import evaluate_again
+from cala.rerank import Reranker, evaluate_again
 from cala.scripts.search import main
 from cala.scripts.validate import main as validate
 

@@ -13,39 +13,41 @@ from PIL import Image
 matplotlib.use("Agg")
 
 from cala.data import CIRR
-from cala.encoders import make_backbone
-from cala.encoders import read_vocabulary
-from cala.encoders import save_backbone
+from cala.encoders import make_backbone, read_vocabulary, save_backbone
 from cala.errors import CalaError
 from cala.library.run import train
-from cala.library.show.cards import Ranking
-from cala.library.show.cards import draw_rankings
-from cala.library.show.cards import failures
-from cala.library.show.cards import show_failures
-from cala.library.show.cards import show_pictures
-from cala.library.show.cards import show_triplets
-from cala.library.show.cards import to_ranks
-from cala.library.show.curves import edit_kinds
-from cala.library.show.curves import loss_curves
-from cala.library.show.curves import per_kind_recall
-from cala.library.show.curves import read_log
-from cala.library.show.curves import recall_curve
-from cala.library.show.curves import wilson
+from cala.library.show.cards import (
+    Ranking,
+    draw_rankings,
+    failures,
+    show_failures,
+    show_pictures,
+    show_triplets,
+    to_ranks,
+)
+from cala.library.show.curves import (
+    edit_kinds,
+    list_losses,
+    loss_curves,
+    per_kind_recall,
+    read_log,
+    recall_curve,
+    wilson,
+)
 from cala.library.show.panel import TrainingPanel
-from cala.library.show.widgets import QueryExplorer
-from cala.library.show.widgets import TripletBrowser
-from cala.library.show.widgets import association_votes
-from cala.library.show.widgets import embed_gallery
-from cala.library.show.widgets import html_image
-from cala.library.show.widgets import joint_scores
+from cala.library.show.widgets import (
+    QueryExplorer,
+    TripletBrowser,
+    association_votes,
+    embed_gallery,
+    html_image,
+    joint_scores,
+)
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.recipe import Recipe
-from cala.rerank import Reranker
-from cala.rerank import evaluate_again
-from cala.retrieval import evaluate
-from cala.retrieval import evaluating
-from cala.retrieval import target_ranks
+from cala.rerank import Reranker, evaluate_again
+from cala.retrieval import evaluate, evaluating, target_ranks
 
 CAPTIONS = ["is red", "costs $5 and not $10", "größer, 大きい", "word " * 150, "w" * 400, "", "two\nlines"]
 
@@ -218,6 +220,13 @@ def test_every_loss_has_its_panel(small_log):
     both = loss_curves({"a": small_log, "b": without_tbia})
     assert titles(both) == terms
     assert [len(ax.get_legend().get_texts()) for ax in both.axes] == [2, 2, 1, 2, 2]
+
+
+def test_a_term_of_a_model_of_your_own_has_its_panel(small_log):
+    log = small_log.assign(backward=small_log.ctr)  # the last column after a run was resumed with another model class
+    assert titles(loss_curves(log))[-2:] == ["backward loss", "learning rate"]
+    assert list_losses(log) == ["loss", "qtm", "tbia", "ctr", "backward"]
+    assert list_losses(["epoch", "score", "recall_at1"]) == []
 
 
 def test_recalls_of_one_run_share_a_panel():

@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from nbformat.v4 import new_code_cell
-from nbformat.v4 import new_markdown_cell
-from nbformat.v4 import new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))

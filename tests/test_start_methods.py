@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cala.data import CIRR
-from cala.data import collate
-from cala.data import open_dataset
+from cala.data import CIRR, collate, open_dataset
 from cala.encoders import CaptionedPictures
 from cala.library.cache import cache_tokens
 from cala.library.search import ReadablePictures

@@ -13,24 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cala.encoders import load_backbone
-from cala.encoders import make_backbone
-from cala.encoders import save_backbone
+from cala.encoders import load_backbone, make_backbone, save_backbone
 from cala.errors import CalaError
-from cala.library.checkpoint import load_checkpoint
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import load_checkpoint, save_checkpoint
 from cala.library.checkpoint import seal as sealed
 from cala.library.cli import run_command
 from cala.library.files import hash_bytes as sha256
 from cala.model import CaLa
-from cala.scripts import check
-from cala.scripts import cirr_submission
-from cala.scripts import combiner
-from cala.scripts import train
-from cala.scripts import validate
-from small_runs import draw_small_world
-from small_runs import lines_of
-from small_runs import train_flags
+from cala.scripts import check, cirr_submission, combiner, train, validate
+from small_runs import draw_small_world, lines_of, train_flags
 
 COMMANDS = {
     "cala-check": check.main,

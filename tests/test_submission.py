@@ -15,11 +15,8 @@ from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.retrieval import evaluate
 from cala.scripts.cirr_submission import main
-from saved_models import blip2_in_three_files
-from saved_models import tiny
-from stand_ins import REAL
-from stand_ins import needs_real
-from stand_ins import stand_in_root
+from saved_models import blip2_in_three_files, tiny
+from stand_ins import REAL, needs_real, stand_in_root
 
 
 @pytest.fixture(scope="module")

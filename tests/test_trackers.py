@@ -13,8 +13,7 @@ from cala.library.checkpoint import read_recipe
 from cala.library.cli import run_command
 from cala.model import CaLa
 from cala.scripts.train import main
-from small_runs import lines_of
-from small_runs import train_flags
+from small_runs import lines_of, train_flags
 
 
 def run(world, output, *more, **how):

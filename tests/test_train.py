@@ -15,19 +15,20 @@ import torch
 import cala.training
 from cala.data import open_dataset
 from cala.errors import CalaError
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.cli import parse_flags, run_command
 from cala.library.run import train
 from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.recipe import Recipe
 from cala.scripts.train import main
 from cala.training import open_split
-from small_runs import exit_code
-from small_runs import lines_of
-from small_runs import one_thread  # noqa: F401
-from small_runs import read_results
-from small_runs import train_flags
+from small_runs import (
+    exit_code,
+    lines_of,
+    one_thread,  # noqa: F401
+    read_results,
+    train_flags,
+)
 
 
 def run(world, output, *more, **how):
@@ -352,6 +353,13 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(world, tmp_path, undisturbed,
         and f"--resume {tmp_path / 'run'}" in line
     )
     assert in_child(server, [*words, "--resume", str(tmp_path / "run")], tmp_path / "said") == 0
+    assert read_results(tmp_path / "run") == read_results(undisturbed)
+
+
+def test_the_folder_alone_resumes_a_run_with_its_own_flags(world, tmp_path, undisturbed, server):
+    words = train_flags(world, tmp_path / "run", epochs=3)
+    in_child(server, words, tmp_path / "said", ("Learner.train_step", None, 3, signal.SIGINT))
+    assert in_child(server, ["--resume", str(tmp_path / "run")], tmp_path / "said") == 0
     assert read_results(tmp_path / "run") == read_results(undisturbed)
 
 

@@ -14,23 +14,22 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 import cala.training
-from cala.data import CIRR
-from cala.data import open_dataset
-from cala.encoders import TinyTrunk
-from cala.encoders import make_backbone
+from cala.data import CIRR, open_dataset
+from cala.encoders import TinyTrunk, make_backbone
 from cala.errors import CalaError
-from cala.library.cli import parse_flags
-from cala.library.cli import run_command
+from cala.library.cli import parse_flags, run_command
 from cala.library.run import train
 from cala.library.speed import checkpoint_layers
 from cala.model import CaLa
 from cala.recipe import Recipe
 from cala.scripts.train import main
 from cala.training import Learner
-from small_runs import lines_of
-from small_runs import one_thread  # noqa: F401
-from small_runs import still_flags
-from small_runs import train_flags
+from small_runs import (
+    lines_of,
+    one_thread,  # noqa: F401
+    still_flags,
+    train_flags,
+)
 
 
 def run(world, output, *more, **how):

@@ -10,13 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import cala.backbones.clip
-from cala.backbones.clip import find_architecture
-from cala.backbones.clip import shrink
-from cala.data import CIRR
-from cala.data import open_dataset
+from cala.backbones.clip import find_architecture, shrink
+from cala.data import CIRR, open_dataset
 from cala.encoders import make_backbone
-from cala.library.checkpoint import read_recipe
-from cala.library.checkpoint import save_checkpoint
+from cala.library.checkpoint import read_recipe, save_checkpoint
 from cala.library.cli import run_command
 from cala.library.flags import DataFlags
 from cala.library.loading import hash_weights
@@ -25,11 +22,8 @@ from cala.library.worlds.scenes import draw_cirr
 from cala.model import CaLa
 from cala.retrieval import evaluate
 from cala.scripts.validate import main
-from saved_models import blip2_in_three_files
-from saved_models import tiny
-from stand_ins import REAL
-from stand_ins import needs_real
-from stand_ins import stand_in_root
+from saved_models import blip2_in_three_files, tiny
+from stand_ins import REAL, needs_real, stand_in_root
 
 
 @pytest.fixture(scope="module")

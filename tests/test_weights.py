@@ -18,8 +18,7 @@ from cala.backbones.clip import read_tensors
 from cala.encoders import make_backbone
 from cala.errors import CalaError
 from cala.library.released import load_released
-from hostile import BOMBS
-from hostile import Bomb
+from hostile import BOMBS, Bomb
 from lavis_helpers import VOCABULARY
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:e2a1\nsize 4787035285\n"

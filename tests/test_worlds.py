@@ -20,11 +20,7 @@ import cala.library.worlds.scenes
 from cala.errors import CalaError
 from cala.library.files import lock_folder
 from cala.library.worlds.garments import draw_fashioniq
-from cala.library.worlds.scenes import COLOURS
-from cala.library.worlds.scenes import EDIT_KINDS
-from cala.library.worlds.scenes import draw_cirr
-from cala.library.worlds.scenes import name_thing
-from cala.library.worlds.scenes import random_scene
+from cala.library.worlds.scenes import COLOURS, EDIT_KINDS, draw_cirr, name_thing, random_scene
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SPLITS, FASHION_SPLITS, CATEGORIES = ("train", "val", "test1"), ("train", "val", "test"), ("dress", "shirt", "toptee")

@@ -15,42 +15,36 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from open_clip.transformer import QuickGELU
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import QuickGELU, VisionTransformer
 from tokenizers.implementations import BertWordPieceTokenizer
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from .weights import FLAG
-from .weights import check_tensors
-from .weights import fetch
-from .weights import find_file
-from .weights import find_neighbour
-from .weights import has_hub_layout
-from .weights import is_reachable
-from .weights import list_hub_files
-from .weights import load_exactly
-from .weights import make_absolute
-from .weights import read_weights
-from .weights import shorten
-from ..encoders import QFormerBackbone
-from ..encoders import WordTokenizer
-from ..encoders import register
+from cala.backbones.weights import (
+    FLAG,
+    check_tensors,
+    fetch,
+    find_file,
+    find_neighbour,
+    has_hub_layout,
+    is_reachable,
+    list_hub_files,
+    load_exactly,
+    make_absolute,
+    read_weights,
+    shorten,
+)
+from ..encoders import QFormerBackbone, WordTokenizer, register
 from ..errors import CalaError
-from ..progress import show_progress
-from ..progress import show_tensors
+from ..progress import show_progress, show_tensors
 from ..qformer import QFormer
 
 # %% ../../nbs/backbones/blip2.ipynb #492451c8

@@ -10,9 +10,7 @@ __all__ = ['FAMILIES', 'OPEN_WEIGHTS', 'capture_output', 'ResNetHead', 'ResNetTo
 # %% ../../nbs/backbones/clip.ipynb #92d7f5f0
 import logging
 import sys
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,28 +22,17 @@ import torch
 import torchvision.transforms.functional as TF
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
-from open_clip.model import CLIP
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from .blip2 import FrozenTrunk
-from .weights import FLAG
-from .weights import fetch
-from .weights import has_hub_layout
-from .weights import is_reachable
-from .weights import is_torchscript
-from .weights import read_weights
-from .weights import shorten
-from ..data import ImageTransform
-from ..data import image_transform
-from ..encoders import Backbone
-from ..encoders import Embedding
-from ..encoders import register
+from .weights import FLAG, fetch, has_hub_layout, is_reachable, is_torchscript, read_weights, shorten
+from ..data import ImageTransform, image_transform
+from ..encoders import Backbone, Embedding, register
 from ..errors import CalaError
 
 # %% ../../nbs/backbones/clip.ipynb #d9f60cfc

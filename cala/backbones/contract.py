@@ -17,10 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..encoders import MODES
-from ..encoders import Backbone
-from ..encoders import Embedding
-from ..encoders import make_backbone
+from ..encoders import MODES, Backbone, Embedding, make_backbone
 from ..errors import CalaError
 
 # %% ../../nbs/backbones/contract.ipynb #faf29d32

@@ -9,22 +9,16 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urljoin
-from urllib.parse import urlparse
-from urllib.request import Request
-from urllib.request import urlopen
-from urllib.request import urlretrieve
+from urllib.parse import urljoin, urlparse
+from urllib.request import Request, urlopen, urlretrieve
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CalaError
-from ..progress import LARGE
-from ..progress import MEGABYTE
-from ..progress import show_progress
+from ..progress import LARGE, MEGABYTE, show_progress
 
 FLAG = "--backbone-weights"
 

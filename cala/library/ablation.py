@@ -20,13 +20,10 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import as_completed
-from dataclasses import dataclass
-from dataclasses import field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,45 +31,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..associations import PairCompositor
-from ..associations import TwinAttentionCompositor
-from ..data import Triplets
-from ..data import collate
-from ..encoders import CaptionedPictures
-from ..encoders import make_backbone
-from ..encoders import pretrain
-from ..encoders import read_vocabulary
-from ..encoders import save_backbone
+from ..associations import PairCompositor, TwinAttentionCompositor
+from ..data import Triplets, collate
+from ..encoders import CaptionedPictures, make_backbone, pretrain, read_vocabulary, save_backbone
 from ..errors import CalaError
 from .cache import use_caches
 from .files import write_atomically
 from .flags import Ablation
-from .run import finish_run
-from .run import make_learner
-from .show.style import BLUE
-from .show.style import GREY
-from .show.style import Page
-from .show.style import style
-from .stage1 import NAMES
-from .stage1 import captioned_split
-from .stage1 import made_with
-from .stage1 import note_made
+from .run import finish_run, make_learner
+from .show.style import BLUE, GREY, Page, style
+from .stage1 import NAMES, captioned_split, made_with, note_made
 from .worlds.garments import draw_fashioniq
 from .worlds.scenes import draw_cirr
-from ..model import CaLa
-from ..model import compositors
+from ..model import CaLa, compositors
 from ..progress import show_progress
 from ..recipe import Recipe
-from ..rerank import Reranker
-from ..rerank import best_weight
-from ..rerank import evaluate_again
-from ..rerank import sweep_weights
-from ..retrieval import evaluate
-from ..retrieval import evaluating
-from ..training import Callback
-from ..training import Learner
-from ..training import make_model
-from ..training import open_split
+from ..rerank import Reranker, best_weight, evaluate_again, sweep_weights
+from ..retrieval import evaluate, evaluating
+from ..training import Callback, Learner, make_model, open_split
 
 # %% ../../nbs/library/ablation.ipynb #3042221b
 QTM_ALONE = dict(objective="paper", alpha=0.0, beta=0.0)
@@ -89,12 +65,12 @@ def scale_arms() -> dict[str, dict]:
     cosine = at_6 | dict(features="normalised")
     arms["+TBIA cosine x10, weight 0.1, at scale 6"] = cosine | dict(tbia_scale=10.0, alpha=0.1, beta=0.0)
     arms["+CTR cosine x10, weight 0.3, at scale 6"] = cosine | dict(ctr_scale=10.0, alpha=0.0, beta=0.3)
-    arms["+TBIA +CTR raw, weights 0.1, at scale 6"] = at_6 | dict(features="raw", alpha=0.1, beta=0.1)
     mixture = dict(objective="released", features="raw", qtm_scale=BEST_SCALE, tac_weight=0.45, hca_weight=0.1)
     arms["released mixture at scale 6"] = mixture
-    arms["+TBIA +CTR raw, weights 0.1, at scale 100"] = at_6 | dict(
-        features="raw", alpha=0.1, beta=0.1, qtm_scale=100.0
-    )
+    for scale in (BEST_SCALE, 100.0):
+        added = dict(objective="paper", qtm_scale=scale, alpha=0.1, beta=0.1)
+        arms[f"+TBIA +CTR raw, weights 0.1, at scale {scale:g}"] = added | dict(features="raw")
+        arms[f"+TBIA +CTR cosine x100, weights 0.1, at scale {scale:g}"] = added | dict(features="normalised")
     arms["released mixture at scale 100"] = mixture | dict(qtm_scale=100.0)
     return arms
 
@@ -319,9 +295,10 @@ def where_settings() -> dict[str, Setting]:
         "20% wrong triplets": Setting(dict(noise_ratio=0.2), worlds=both),
         "50% wrong triplets": Setting(dict(noise_ratio=0.5), worlds=both),
     }
-    for setting in settings.values():
+    few = ("frozen target encoder", "3000 triplets", "3000 triplets, three times the steps")
+    for name, setting in settings.items():
         setting.arms = WHERE_ARMS
-        setting.seeds = 3
+        setting.seeds = 5 if name in few else 10
     return settings
 
 

@@ -14,69 +14,42 @@ import re
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
-from dataclasses import fields
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import Subset
 
-from ..data import CIRR
-from ..data import Triplets
+from ..data import CIRR, Triplets
 from ..errors import CalaError
-from .ablation import QTM_ALONE
-from .ablation import Job
-from .ablation import add_second_stage
-from .ablation import compute_effects
-from .ablation import ctr_arms
-from .ablation import read_rows
-from .ablation import report
-from .ablation import scale_arms
-from .ablation import spell_command
-from .benchmark import peak_memory
-from .benchmark import read_clock
-from .benchmark import time_call
-from .cache import cache_folder
-from .cache import use_caches
+from cala.library.ablation import (
+    QTM_ALONE,
+    Job,
+    add_second_stage,
+    compute_effects,
+    ctr_arms,
+    read_rows,
+    report,
+    scale_arms,
+    spell_command,
+)
+from .benchmark import peak_memory, read_clock, time_call
+from .cache import cache_folder, use_caches
 from .cache.build import format_bytes
-from .cache.jobs import build_jobs
-from .cache.jobs import describe_total
-from .cache.jobs import load_model
-from .cache.jobs import make_table
-from .cache.jobs import open_splits
-from .cache.jobs import plan_jobs
-from .files import find_whole_folder
-from .files import write_atomically
+from .cache.jobs import build_jobs, describe_total, load_model, make_table, open_splits, plan_jobs
+from .files import find_whole_folder, write_atomically
 from .flags import Ablation
-from .holdout import keep_held_out_part
-from .holdout import split_triplets
+from .holdout import keep_held_out_part, split_triplets
 from .resume import MAY_DIFFER
-from .run import Run
-from .run import make_accelerator
-from .run import make_learner
-from .run import open_data
-from .run import train
+from .run import Run, make_accelerator, make_learner, open_data, train
 from ..model import CaLa
-from ..recipe import DataRecipe
-from ..recipe import LoopRecipe
-from ..recipe import ModelRecipe
-from ..recipe import Recipe
-from ..recipe import find_compositor
-from ..recipe import spell_flag
-from ..rerank import Reranker
-from ..rerank import best_weight
-from ..rerank import evaluate_again
-from ..rerank import sweep_weights
-from ..retrieval import embed
-from ..retrieval import evaluating
-from ..retrieval import load_batches
-from ..retrieval import measure
+from ..recipe import DataRecipe, LoopRecipe, ModelRecipe, Recipe, find_compositor, spell_flag
+from ..rerank import Reranker, best_weight, evaluate_again, sweep_weights
+from ..retrieval import embed, evaluating, load_batches, measure
 from ..training import open_split
 
 # %% ../../nbs/library/ablation_dataset.ipynb #c04778ab

@@ -9,11 +9,9 @@ __all__ = ['Shares', 'rollout', 'read_and_look', 'hide_each', 'as_seen', 'on_gri
 
 # %% ../../nbs/library/atlas.ipynb #52d28bd2
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
@@ -24,24 +22,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 from torch import Tensor
 
-from ..associations import HingeCrossAttention
-from ..associations import TwinAttentionCompositor
-from ..data import ImageTransform
-from ..data import Triplets
-from ..encoders import Backbone
-from ..encoders import Embedding
-from ..encoders import QFormerBackbone
+from ..associations import HingeCrossAttention, TwinAttentionCompositor
+from ..data import ImageTransform, Triplets
+from ..encoders import Backbone, Embedding, QFormerBackbone
 from ..errors import CalaError
 from .show.cards import join_captions
-from .show.style import BLUE
-from .show.style import GREY
-from .show.style import VERMILION
-from .show.style import Page
-from .show.style import place_picture
-from .show.style import style
-from .show.widgets import Movable
-from .show.widgets import html_image
-from .show.widgets import side_by_side
+from .show.style import BLUE, GREY, VERMILION, Page, place_picture, style
+from .show.widgets import Movable, html_image, side_by_side
 from ..model import CaLa
 from ..qformer import watch_attention
 from ..retrieval import evaluating

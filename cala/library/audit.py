@@ -5,29 +5,26 @@
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pandas as pd
 
-from ..annotations import CATEGORIES
-from ..annotations import FOLDERS
-from ..annotations import SPLITS
-from ..annotations import data_folder
-from ..annotations import find_annotations
-from ..annotations import find_data_folders
-from ..annotations import find_pictures
-from ..annotations import locate_pictures
-from ..annotations import read_annotations
+from ..annotations import (
+    CATEGORIES,
+    FOLDERS,
+    SPLITS,
+    data_folder,
+    find_annotations,
+    find_data_folders,
+    find_pictures,
+    locate_pictures,
+    read_annotations,
+)
 from ..data import gallery_names
 from ..errors import CalaError
-from ..pictures import PICTURE_FOLDERS
-from ..pictures import escapes_root
-from ..pictures import find_picture_fault
-from ..pictures import read_picture
+from ..pictures import PICTURE_FOLDERS, escapes_root, find_picture_fault, read_picture
 from ..progress import show_progress
 from .circo import read_circo
 from .sources import describe_picture_sources

@@ -17,18 +17,14 @@ import re
 import tempfile
 import threading
 import timeit
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextlib import nullcontext
-from copy import copy
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,45 +36,22 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import cala
-from ..composition import Artemis
-from ..composition import Sum
+from ..composition import Artemis, Sum
 from ..contrast import contrast
-from ..data import CIRR
-from ..data import Batch
-from ..data import Triplets
-from ..data import collate
-from ..encoders import QFormerBackbone
-from ..encoders import make_backbone
+from ..data import CIRR, Batch, Triplets, collate
+from ..encoders import QFormerBackbone, make_backbone
 from ..errors import CalaError
-from .cache import TargetCache
-from .cache import use_caches
+from .cache import TargetCache, use_caches
 from .cache.build import format_bytes
-from .cache.files import SHARD
-from .cache.files import save_shard
-from .cache.files import shard_path
-from .circo import CIRCO_AT
-from .circo import DEPTH
-from .circo import rank_circo
-from .circo import summarise_places
+from .cache.files import SHARD, save_shard, shard_path
+from .circo import CIRCO_AT, DEPTH, rank_circo, summarise_places
 from .files import NO_FILE
-from .flags import PARTS
-from .flags import Benchmark
+from .flags import PARTS, Benchmark
 from .loading import find_device
-from .show.style import BLUE
-from .show.style import GREY
-from .show.style import ORANGE
-from .show.style import Page
-from .show.style import style
+from .show.style import BLUE, GREY, ORANGE, Page, style
 from .worlds.scenes import draw_cirr
-from ..model import CaLa
-from ..model import Encoded
-from ..retrieval import GALLERY_AT
-from ..retrieval import GROUP_AT
-from ..retrieval import Embedded
-from ..retrieval import embed
-from ..retrieval import evaluate
-from ..retrieval import rank_queries
-from ..retrieval import recalls
+from ..model import CaLa, Encoded
+from ..retrieval import GALLERY_AT, GROUP_AT, Embedded, embed, evaluate, rank_queries, recalls
 
 # %% ../../nbs/library/benchmark.ipynb #92f02508
 def read_clock() -> float:  # seconds

@@ -11,18 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from ..backbones.weights import shorten
 from ..encoders import make_backbone
 from ..errors import CalaError
-from .files import find_whole_folder
-from .files import hash_bytes
-from .files import hash_file
-from .files import replace_folder
-from ..model import CaLa
-from ..model import find_model_class
+from .files import find_whole_folder, hash_bytes, hash_file, replace_folder
+from ..model import CaLa, find_model_class
 from ..trust import refuse_foreign_code
 
 # %% ../../nbs/library/checkpoint.ipynb #fb09041a

@@ -14,37 +14,20 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..annotations import Annotations
-from ..annotations import Triplet
-from ..annotations import describe_shape
-from ..annotations import find_annotations
-from ..annotations import is_safe_name
-from ..annotations import is_text
-from ..annotations import read_json
-from ..composition import Combiner
-from ..composition import Sum
+from ..annotations import Annotations, Triplet, describe_shape, find_annotations, is_safe_name, is_text, read_json
+from ..composition import Combiner, Sum
 from ..data import Triplets
-from ..errors import CalaError
-from ..errors import count_things
+from ..errors import CalaError, count_things
 from .files import write_atomically
 from .gallery import Top
-from .submission import find_faults
-from .submission import read_submission
-from ..retrieval import Embedded
-from ..retrieval import Result
-from ..retrieval import check_scores
-from ..retrieval import describe_sections
-from ..retrieval import embed
-from ..retrieval import evaluating
-from ..retrieval import recalls
-from ..retrieval import sections
+from .submission import find_faults, read_submission
+from ..retrieval import Embedded, Result, check_scores, describe_sections, embed, evaluating, recalls, sections
 
 # %% ../../nbs/library/circo.ipynb #72524f77
 ASPECTS = (

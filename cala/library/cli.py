@@ -13,32 +13,22 @@ import re
 import sys
 import tokenize
 import warnings
-from argparse import SUPPRESS
-from argparse import Action
-from argparse import ArgumentParser
-from argparse import BooleanOptionalAction
-from collections.abc import Callable
-from collections.abc import Iterator
+from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import wraps
-from io import StringIO
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from textwrap import dedent
 from types import FrameType
-from typing import Any
-from typing import get_args
-from typing import get_origin
-from typing import get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .. import __version__ as version
 from ..errors import CalaError
-from ..recipe import find_choice
-from ..recipe import list_choices
-from ..recipe import spell_flag
+from ..recipe import find_choice, list_choices, spell_flag
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -91,7 +81,9 @@ def parse_flags(
         for name, value in vars(typed).items()
     }
     if isinstance(config, type):
-        return config(**values)
+        flags = config(**values)
+        flags.given = frozenset(values)  # names of the fields that the command line gave
+        return flags
     return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}
 
 

@@ -8,10 +8,8 @@ __all__ = ['PICTURE_ALONE', 'read_pictures_alone', 'PictureAlone', 'query_reads_
 
 # %% ../../nbs/library/combiner.ipynb #154a9806
 import io
-from collections.abc import Iterable
-from collections.abc import Iterator
-from dataclasses import asdict
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,24 +20,17 @@ from torch import Tensor
 
 from ..composition import Combiner
 from ..contrast import contrast
-from ..data import Triplets
-from ..data import open_dataset
-from ..encoders import Backbone
-from ..encoders import make_backbone
+from ..data import Triplets, open_dataset
+from ..encoders import Backbone, make_backbone
 from ..errors import CalaError
 from .checkpoint import save_checkpoint
 from .files import write_atomically
 from .flags import CombinerRecipe
-from .loading import build_model
-from .loading import embed_dataset
-from .loading import hash_weights
+from .loading import build_model, embed_dataset, hash_weights
 from ..model import CaLa
 from ..progress import show_progress
-from ..retrieval import Embedded
-from ..retrieval import evaluating
-from ..retrieval import measure
-from ..training import BatchSampler
-from ..training import best_row
+from ..retrieval import Embedded, evaluating, measure
+from ..training import BatchSampler, best_row
 
 # %% ../../nbs/library/combiner.ipynb #ae63b60d
 PICTURE_ALONE = "cala.library.combiner:PictureAlone"  # the name of such a backbone in a checkpoint

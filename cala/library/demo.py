@@ -14,31 +14,16 @@ import pandas as pd
 import torch
 
 from ..data import open_dataset
-from ..encoders import CaptionedPictures
-from ..encoders import make_backbone
-from ..encoders import pretrain
-from ..encoders import read_vocabulary
-from ..encoders import save_backbone
-from ..errors import CalaError
-from ..errors import count_things
+from ..encoders import CaptionedPictures, make_backbone, pretrain, read_vocabulary, save_backbone
+from ..errors import CalaError, count_things
 from ..model import CaLa
-from ..rerank import Reranker
-from ..rerank import best_weight
-from ..rerank import evaluate_again
-from ..rerank import sweep_weights
-from ..retrieval import Result
-from ..retrieval import embed
-from ..retrieval import measure
+from ..rerank import Reranker, best_weight, evaluate_again, sweep_weights
+from ..retrieval import Result, embed, measure
 from .cache import cache_tokens
 from .checkpoint import load_checkpoint
-from .files import check_output_folder
-from .files import make_output_folder
-from .results import baseline_table
-from .results import measure_rows
-from .stage1 import NAMES
-from .stage1 import captioned_split
-from .stage1 import made_with
-from .stage1 import note_made
+from .files import check_output_folder, make_output_folder
+from .results import baseline_table, measure_rows
+from .stage1 import NAMES, captioned_split, made_with, note_made
 from .worlds.garments import draw_fashioniq
 from .worlds.scenes import draw_cirr
 

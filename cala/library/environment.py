@@ -4,9 +4,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import requires
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pandas as pd
 import torch

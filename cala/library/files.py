@@ -13,23 +13,17 @@ filelock's, from version 4 on: with older versions, forked loader workers keep t
 
 import os
 import shutil
-from collections.abc import Iterable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import lru_cache
-from hashlib import blake2b
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CalaError
-from ..progress import LARGE
-from ..progress import MEGABYTE
-from ..progress import show_progress
-from ..progress import show_tensors
+from ..progress import LARGE, MEGABYTE, show_progress, show_tensors
 from ..trust import hash_tensors as hash_tensors
 from ..trust import read_bytes
 
@@ -278,8 +272,10 @@ def lock_folder(
     """Let one process at a time work in a folder; `CalaError` for the second one.
 
     The lock of a killed process is free at once. A file system without locks promises nothing, and the work goes on."""
-    from filelock import FileLock  # here: its import takes longer than that of the rest of this module
-    from filelock import Timeout
+    from filelock import (
+        FileLock,  # here: its import takes longer than that of the rest of this module
+        Timeout,
+    )
 
     new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_output_folder(folder, "name another folder")

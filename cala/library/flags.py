@@ -6,27 +6,25 @@ This module loads without torch.
 """
 
 import os
-from dataclasses import dataclass
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
-from ..errors import CalaError
-from ..errors import count_things
-from ..errors import is_or_are
-from ..recipe import CATEGORIES
-from ..recipe import CacheDtype
-from ..recipe import CacheName
-from ..recipe import DataRecipe
-from ..recipe import LogitScale
-from ..recipe import LoopRecipe
-from ..recipe import ModelRecipe
-from ..recipe import Precision
-from ..recipe import check_fields
-from ..recipe import number
-from ..recipe import spell_flag
-from ..recipe import split_words
+from ..errors import CalaError, count_things, is_or_are
+from ..recipe import (
+    CATEGORIES,
+    CacheDtype,
+    CacheName,
+    DataRecipe,
+    LogitScale,
+    LoopRecipe,
+    ModelRecipe,
+    Precision,
+    check_fields,
+    number,
+    spell_flag,
+    split_words,
+)
 
 # The flag for each of BLIP-2's three Q-Formers, by its role.
 BLIP2_ROLES = {"textual": "blip2_textual_path", "multimodal": "blip2_multimodal_path", "visual": "blip2_visual_path"}

@@ -7,20 +7,15 @@ __all__ = ['Top', 'keep_best', 'top_k', 'import_faiss', 'FaissGallery']
 
 # %% ../../nbs/library/gallery.ipynb #1ba63e07
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..composition import Combiner
-from ..composition import Sum
+from ..composition import Combiner, Sum
 from ..errors import CalaError
-from ..retrieval import Tiles
-from ..retrieval import cut_tiles
-from ..retrieval import evaluating
-from ..retrieval import read_block
+from ..retrieval import Tiles, cut_tiles, evaluating, read_block
 
 # %% ../../nbs/library/gallery.ipynb #854aa776
 class Top(NamedTuple):

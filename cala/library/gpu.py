@@ -10,12 +10,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import replace
-from functools import cached_property
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,8 +22,7 @@ import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cala
@@ -36,17 +32,19 @@ from ..encoders import make_backbone
 from ..errors import CalaError
 from ..model import CaLa
 from ..retrieval import rank_queries
-from .benchmark import Limits
-from .benchmark import collate_first
-from .benchmark import describe_conditions
-from .benchmark import draw_batch_world
-from .benchmark import make_benchmark_model
-from .benchmark import measure_epoch
-from .benchmark import measure_limits
-from .benchmark import measure_optimizer
-from .benchmark import measure_steps
-from .benchmark import run_step
-from .benchmark import time_call
+from .benchmark import (
+    Limits,
+    collate_first,
+    describe_conditions,
+    draw_batch_world,
+    make_benchmark_model,
+    measure_epoch,
+    measure_limits,
+    measure_optimizer,
+    measure_steps,
+    run_step,
+    time_call,
+)
 from .cache.build import format_bytes
 from .cli import one_line
 from .files import write_atomically

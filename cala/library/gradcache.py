@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from .processes import AcrossProcesses
-from .resume import rng_state
-from .resume import set_rng_state
-from ..training import Callback
-from ..training import Learner
+from .resume import rng_state, set_rng_state
+from ..training import Callback, Learner
 
 # %% ../../nbs/library/gradcache.ipynb #bbd38f5f
 def cut_rows(

@@ -7,11 +7,9 @@ __all__ = ['Parts', 'list_pictures', 'split_triplets', 'keep_training_part', 'ke
 
 # %% ../../nbs/library/holdout.ipynb #a0bf9b8b
 import random
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..data import FashionIQ
-from ..data import Triplets
+from ..data import FashionIQ, Triplets
 from ..errors import CalaError
 
 # %% ../../nbs/library/holdout.ipynb #8bf17cfa

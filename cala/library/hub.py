@@ -12,31 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult
-from huggingface_hub import ModelCard
-from huggingface_hub import ModelCardData
-from huggingface_hub import ModelHubMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .. import __version__
 from ..backbones.weights import shorten
-from ..errors import CalaError
-from ..errors import count_things
+from ..errors import CalaError, count_things
 from ..model import CaLa
 from ..recipe import Recipe
-from .ablation import PLACES
-from .ablation import spell_command
-from .checkpoint import load_checkpoint
-from .checkpoint import read_recipe
-from .checkpoint import seal
-from .files import check_output_folder
-from .files import find_whole_folder
-from .files import write_atomically
+from .ablation import PLACES, spell_command
+from .checkpoint import load_checkpoint, read_recipe, seal
+from .files import check_output_folder, find_whole_folder, write_atomically
 from .flags import BLIP2_ROLES
-from .results import is_shown
-from .results import label_metric
+from .results import is_shown, label_metric
 
 FILES = "model.safetensors", "recipe.json", "config.json", "README.md"
 # Fields that tell about a machine: of a recipe, of a backbone's config, and of the list of weights in a recipe.

@@ -7,46 +7,28 @@ program or a checkpoint folder of cala.
 
 import re
 from pathlib import Path
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones.blip2 import PRECISIONS
-from ..backbones.weights import list_hub_files
-from ..backbones.weights import load_exactly
-from ..composition import Combiner
-from ..composition import frames
-from ..composition import make_frame
-from ..data import Triplets
-from ..data import open_dataset
-from ..encoders import Backbone
-from ..encoders import make_backbone
+from ..backbones.weights import list_hub_files, load_exactly
+from ..composition import Combiner, frames, make_frame
+from ..data import Triplets, open_dataset
+from ..encoders import Backbone, make_backbone
 from ..errors import CalaError
 from ..model import CaLa
 from ..qformer import QFormer
-from ..recipe import find_compositor
-from ..recipe import spell_flag
+from ..recipe import find_compositor, spell_flag
 from ..rerank import Reranker
-from ..retrieval import Embedded
-from ..retrieval import embed
-from .cache import CachedReferences
-from .cache import TargetSide
-from .cache import cache_folder
-from .cache import cache_targets
-from .cache import use_caches
-from .checkpoint import load_checkpoint
-from .checkpoint import read_recipe
+from ..retrieval import Embedded, embed
+from .cache import CachedReferences, TargetSide, cache_folder, cache_targets, use_caches
+from .checkpoint import load_checkpoint, read_recipe
 from .circo import CIRCO
-from .files import find_whole_folder
-from .files import hash_file
-from .flags import BLIP2_ROLES
-from .flags import ModelFlags
-from .flags import check_data_flags
-from .flags import find_source
+from .files import find_whole_folder, hash_file
+from .flags import BLIP2_ROLES, ModelFlags, check_data_flags, find_source
 from .released import load_released
 
 Flags = TypeVar("Flags", bound=ModelFlags)

@@ -32,14 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..composition import Combiner
-from ..composition import Sum
+from ..composition import Combiner, Sum
 from ..errors import CalaError
 from ..pictures import make_rgb
 from ..progress import show_progress
 from ..retrieval import evaluating
-from .checkpoint import load_checkpoint
-from .checkpoint import read_recipe
+from .checkpoint import load_checkpoint, read_recipe
 from .loading import find_device
 
 TASKS = dict(CIRR="CIRRIT2IRetrieval", FashionIQ="FashionIQIT2IRetrieval")  # of mteb, by data set

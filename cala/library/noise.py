@@ -16,10 +16,7 @@ from torch import Tensor
 
 from ..data import Triplets
 from ..recipe import Recipe
-from ..retrieval import Embedded
-from ..retrieval import embed
-from ..retrieval import evaluating
-from ..retrieval import rank_queries
+from ..retrieval import Embedded, embed, evaluating, rank_queries
 from ..training import BatchSampler
 
 # %% ../../nbs/library/noise.ipynb #d902958c

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..contrast import association_logits
-from ..contrast import contrast
-from ..encoders import Embedding
-from ..encoders import QFormerBackbone
+from ..contrast import association_logits, contrast
+from ..encoders import Embedding, QFormerBackbone
 from ..errors import CalaError
-from ..model import CaLa
-from ..model import Encoded
+from ..model import CaLa, Encoded
 
 # %% ../../nbs/library/probes.ipynb #a000c655
 def spread(

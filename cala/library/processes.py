@@ -19,24 +19,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch import nn
-from torch.utils.data import Dataset
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
-from ..data import Triplets
-from ..data import collate
+from ..data import Triplets, collate
 from ..encoders import Words
 from ..errors import CalaError
 from .files import find_whole_folder
-from ..model import CaLa
-from ..model import Losses
-from ..model import Vectors
-from ..retrieval import Embedded
-from ..retrieval import Result
-from ..retrieval import embed
-from ..retrieval import measure
-from ..training import Callback
-from ..training import Learner
-from ..training import Validate
+from ..model import CaLa, Losses, Vectors
+from ..retrieval import Embedded, Result, embed, measure
+from ..training import Callback, Learner, Validate
 
 # %% ../../nbs/library/processes.ipynb #74f4f33f
 class GatherWithGradient(torch.autograd.Function):

@@ -14,15 +14,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..associations import HingeCrossAttention
-from ..associations import TwinAttentionCompositor
-from ..backbones.blip2 import load_lavis_state
-from ..backbones.blip2 import rename
-from ..backbones.weights import check_tensors
-from ..backbones.weights import load_exactly
-from ..backbones.weights import read_torch
-from ..composition import Artemis
-from ..composition import Combiner
+from ..associations import HingeCrossAttention, TwinAttentionCompositor
+from ..backbones.blip2 import load_lavis_state, rename
+from ..backbones.weights import check_tensors, load_exactly, read_torch
+from ..composition import Artemis, Combiner
 from ..errors import CalaError
 from ..qformer import QFormer
 

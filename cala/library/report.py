@@ -27,8 +27,7 @@ def render_page(
     "The notebook as one page of HTML, which needs no network: equations are MathML, which browsers show by themselves."
     from latex2mathml.converter import convert
     from nbconvert import HTMLExporter
-    from nbconvert.filters.markdown_mistune import IPythonRenderer
-    from nbconvert.filters.markdown_mistune import MarkdownWithMath
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class EquationRenderer(IPythonRenderer):
         "Writes equations as MathML instead of TeX."
@@ -56,8 +55,7 @@ def write_report(
     import nbformat  # here: only the report needs Jupyter
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
-    from nbconvert.preprocessors import CellExecutionError
-    from nbconvert.preprocessors import ExecutePreprocessor
+    from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
 
     page = nbformat.read(notebook, as_version=4)
     # Without folders of kernels, only that of this Python is left; a kernel named python3 may belong to another Python.

@@ -16,27 +16,14 @@ from ..errors import CalaError
 from ..errors import count_things as count_things
 from ..model import CaLa
 from ..progress import show_progress
-from ..rerank import WEIGHTS
-from ..rerank import Reranker
-from ..rerank import best_weight
-from ..rerank import evaluate_again
-from ..rerank import sweep_weights
-from ..retrieval import Embedded
-from ..retrieval import Result
-from ..retrieval import chance
-from ..retrieval import image_only
-from ..retrieval import measure
-from ..retrieval import text_only
+from ..rerank import WEIGHTS, Reranker, best_weight, evaluate_again, sweep_weights
+from ..retrieval import Embedded, Result, chance, image_only, measure, text_only
 from ..trust import hash_tensors
 from .checkpoint import read_recipe
-from .circo import CIRCO
-from .circo import circo_baselines
-from .circo import measure_circo
+from .circo import CIRCO, circo_baselines, measure_circo
 from .files import write_atomically
-from .flags import DataFlags
-from .flags import RerankFlags
-from .loading import find_device
-from .loading import hash_weights
+from .flags import DataFlags, RerankFlags
+from .loading import find_device, hash_weights
 
 RESULT_FILES = ("result.json", "result.csv", "ranks.csv")
 

@@ -10,73 +10,63 @@ __all__ = ['draw_triplets', 'open_model', 'open_data', 'GalleryNegatives', 'embe
 # %% ../../nbs/library/run.ipynb #ff966703
 import os
 import random
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from math import floor
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate import DistributedDataParallelKwargs
-from accelerate import InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from ..data import Triplets
-from ..errors import CalaError
-from ..errors import count_things
-from .cache import cache_folder
-from .cache import use_caches
-from .checkpoint import read_recipe
-from .checkpoint import save_checkpoint
-from .files import check_output_folder
-from .files import find_whole_folder
-from .files import lock_folder
-from .files import make_output_folder
-from .files import write_atomically
+from ..errors import CalaError, count_things
+from .cache import cache_folder, use_caches
+from .checkpoint import read_recipe, save_checkpoint
+from .files import check_output_folder, find_whole_folder, lock_folder, make_output_folder, write_atomically
 from .gradcache import GradCache
 from .holdout import keep_training_part
 from .noise import shuffle_targets
-from .processes import AcrossProcesses
-from .processes import PadCaptions
-from .processes import ValidateTogether
-from .processes import collect_rows
-from .processes import freeze_unused
-from .processes import report_lost_processes
-from .resume import Resume
-from .resume import StopOnNonFinite
-from .resume import StopOnSignal
-from .resume import check_same_recipe
-from .resume import ignore_interrupts
-from .resume import recipe_to_save
-from .speed import TrunkOnce
-from .speed import checkpoint_layers
-from .speed import compile_parts
-from .trackers import Track
-from .trackers import make_trackers
+from cala.library.processes import (
+    AcrossProcesses,
+    PadCaptions,
+    ValidateTogether,
+    collect_rows,
+    freeze_unused,
+    report_lost_processes,
+)
+from cala.library.resume import (
+    Resume,
+    StopOnNonFinite,
+    StopOnSignal,
+    check_same_recipe,
+    continue_recipe,
+    ignore_interrupts,
+    recipe_to_save,
+)
+from .speed import TrunkOnce, checkpoint_layers, compile_parts
+from .trackers import Track, make_trackers
 from ..model import CaLa
 from ..progress import show_progress
-from ..recipe import Recipe
-from ..recipe import run_folder
+from ..recipe import Recipe, run_folder
 from ..retrieval import evaluating
-from ..training import Callback
-from ..training import CSVLog
-from ..training import KeepBest
-from ..training import Learner
-from ..training import Schedule
-from ..training import Validate
-from ..training import best_row
-from ..training import make_model
-from ..training import make_optimizer
-from ..training import open_split
+from cala.training import (
+    Callback,
+    CSVLog,
+    KeepBest,
+    Learner,
+    Schedule,
+    Validate,
+    best_row,
+    make_model,
+    make_optimizer,
+    open_split,
+)
 
 # %% ../../nbs/library/run.ipynb #973c2cd2
 def draw_triplets(
@@ -377,8 +367,7 @@ def train(
     with report_lost_processes(output), own_folder(recipe):
         if recipe.resume:  # before data and weights are read
             saved = read_recipe(output / "last", "state.pt")["recipe"]
-            if recipe.max_epoch is None:
-                recipe = replace(recipe, max_epoch=saved["max_epoch"])
+            recipe = continue_recipe(saved, recipe)
             check_same_recipe(saved, recipe, output / "last")
         learner = make_learner(recipe, watch, progress)
         make_output_folder(output)

@@ -14,45 +14,38 @@ import os
 import sys
 from base64 import b64encode
 from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field
-from heapq import heappop
-from heapq import heappush
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from html import escape
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load
-from safetensors.torch import save
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
+from safetensors.torch import load, save
+from torch.utils.data import DataLoader, Dataset
 
 from ..composition import Sum
 from ..errors import CalaError
-from .cache.files import describe_transform
-from .cache.files import fingerprint
-from .files import NO_FILE
-from .files import FileMark
-from .files import check_output_folder
-from .files import fingerprint_bytes
-from .files import is_unchanged
-from .files import lock_folder
-from .files import make_output_folder
-from .files import mark_file
-from .files import write_atomically
+from .cache.files import describe_transform, fingerprint
+from cala.library.files import (
+    NO_FILE,
+    FileMark,
+    check_output_folder,
+    fingerprint_bytes,
+    is_unchanged,
+    lock_folder,
+    make_output_folder,
+    mark_file,
+    write_atomically,
+)
 from .gallery import top_k
-from .loading import build_model
-from .loading import fill_flags
-from .loading import find_device
-from .results import count_things
-from .results import find_rerank_weight
+from .loading import build_model, fill_flags, find_device
+from .results import count_things, find_rerank_weight
 from .show.cards import show_pictures
 from .show.style import BLUE
 from ..model import CaLa

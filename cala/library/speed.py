@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..encoders import Embedding
 from ..errors import CalaError
 from ..model import CaLa
-from ..training import Callback
-from ..training import Learner
+from ..training import Callback, Learner
 
 
 def checkpoint_layers(

@@ -8,8 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..data import Triplets
-from ..data import open_dataset
+from ..data import Triplets, open_dataset
 from .files import write_atomically
 
 NAMES = {"cirr": "CIRR", "fashioniq": "FashionIQ"}  # world -> data set

@@ -15,17 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from ..annotations import Triplet
-from ..data import CIRR
-from ..data import Triplets
-from ..errors import CalaError
-from ..errors import count_things
+from ..data import CIRR, Triplets
+from ..errors import CalaError, count_things
 from ..rerank import Reranker
-from ..retrieval import Embedded
-from ..retrieval import evaluating
-from .files import make_output_folder
-from .files import write_atomically
-from .gallery import Top
-from .gallery import top_k
+from ..retrieval import Embedded, evaluating
+from .files import make_output_folder, write_atomically
+from .gallery import Top, top_k
 
 SUBMISSION_SIZES = {"recall": 50, "recall_subset": 3}  # names per query
 SUBMISSION_BYTES = 5_000_000  # the server takes no more

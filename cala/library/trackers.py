@@ -10,8 +10,7 @@ from accelerate import tracking
 from ..backbones.weights import shorten
 from ..errors import CalaError
 from ..recipe import Recipe
-from ..training import Callback
-from ..training import Learner
+from ..training import Callback, Learner
 
 COMET_OPTIONS = (  # what Comet collects by itself unless each is switched off
     "parse_args",

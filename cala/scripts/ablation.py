@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ..errors import CalaError
 from ..library.cli import command
-from ..library.files import check_output_folder
-from ..library.files import lock_folder
+from ..library.files import check_output_folder, lock_folder
 from ..library.flags import Ablation
 
 # %% ../../nbs/commands/ablation.ipynb #07c4aef0
@@ -20,9 +19,7 @@ def compare_on_dataset(
     ablation: Ablation,
 ) -> None:
     "Print the cost, run what is not done yet, write rows.csv, and print recalls and gains."
-    from cala.library.ablation_dataset import describe_rows
-    from cala.library.ablation_dataset import print_cost
-    from cala.library.ablation_dataset import run_dataset_ablation
+    from cala.library.ablation_dataset import describe_rows, print_cost, run_dataset_ablation
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CalaError("cala-ablation trains in one process; start it without accelerate or torchrun")
@@ -45,10 +42,7 @@ def main(
         return compare_on_dataset(ablation)
     import pandas as pd
 
-    from cala.library.ablation import compare_effects
-    from cala.library.ablation import compute_effects
-    from cala.library.ablation import describe_agreement
-    from cala.library.ablation import run_ablation
+    from cala.library.ablation import compare_effects, compute_effects, describe_agreement, run_ablation
 
     with lock_folder(ablation.output):
         rows = run_ablation(ablation)

@@ -11,8 +11,7 @@ import logging
 from typing import Any
 
 from ..library.cli import command
-from ..library.files import make_output_folder
-from ..library.files import write_atomically
+from ..library.files import make_output_folder, write_atomically
 from ..library.flags import Benchmark
 
 # %% ../../nbs/commands/benchmark.ipynb #9204d238

@@ -12,8 +12,7 @@ from typing import Any
 from ..errors import CalaError
 from ..library.cli import command
 from ..library.flags import check_workers
-from ..recipe import CacheName
-from ..recipe import Recipe
+from ..recipe import CacheName, Recipe
 
 # %% ../../nbs/commands/cache.ipynb #22025cfc
 @dataclass

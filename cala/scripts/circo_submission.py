@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..library.cli import command
-from ..library.flags import DataFlags
-from ..library.flags import check_file_name
+from ..library.flags import DataFlags, check_file_name
 
 # %% ../../nbs/commands/circo_submission.ipynb #0da6cd7c
 FILES = "circo_*.json", "*_facts.json"
@@ -33,12 +32,9 @@ def main(
     flags: Submission,  # every field is a flag
 ) -> Path:  # the file
     "Write and check the file that the CIRCO server takes."
-    from cala.library import circo
-    from cala.library import loading
-    from cala.library.files import lock_output
-    from cala.library.files import write_atomically
-    from cala.library.results import count_things
-    from cala.library.results import describe_run
+    from cala.library import circo, loading
+    from cala.library.files import lock_output, write_atomically
+    from cala.library.results import count_things, describe_run
 
     name = flags.submission_name
     check_file_name("--submission-name", name)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..library.cli import command
-from ..library.flags import DataFlags
-from ..library.flags import RerankFlags
-from ..library.flags import check_file_name
+from ..library.flags import DataFlags, RerankFlags, check_file_name
 
 # %% ../../nbs/commands/cirr_submission.ipynb #e893bab8
 FILES = "recall_submission_*.json", "recall_subset_submission_*.json", "*_facts.json"
@@ -34,13 +32,9 @@ def main(
 ) -> tuple[Path, Path]:  # both files
     "Write and check the two files that the CIRR server takes."
     from cala.data import CIRR
-    from cala.library import loading
-    from cala.library import submission
-    from cala.library.files import lock_output
-    from cala.library.files import write_atomically
-    from cala.library.results import count_things
-    from cala.library.results import describe_run
-    from cala.library.results import find_rerank_weight
+    from cala.library import loading, submission
+    from cala.library.files import lock_output, write_atomically
+    from cala.library.results import count_things, describe_run, find_rerank_weight
     from cala.library.sources import describe_cirr_servers
     from cala.rerank import Reranker
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ..library.cli import command
 from ..library.files import lock_output
-from ..library.flags import CombinerRecipe
-from ..library.flags import check_combiner_recipe
+from ..library.flags import CombinerRecipe, check_combiner_recipe
 
 # %% ../../nbs/commands/combiner.ipynb #bb849073
 @command
@@ -19,9 +18,7 @@ def main(
     recipe: CombinerRecipe,  # every field is a flag
 ) -> None:
     "Train the Combiner on the frozen features of a model."
-    from cala.library.combiner import fit_combiner
-    from cala.library.combiner import make_combiner_model
-    from cala.library.combiner import open_splits
+    from cala.library.combiner import fit_combiner, make_combiner_model, open_splits
     from cala.library.loading import fill_flags
     from cala.training import best_row
 

@@ -12,9 +12,7 @@ from typing import Literal
 from ..errors import CalaError
 from ..library.cli import command
 from ..library.report import write_report
-from ..recipe import CacheName
-from ..recipe import check_fields
-from ..recipe import number
+from ..recipe import CacheName, check_fields, number
 
 # %% ../../nbs/commands/demo.ipynb #4319de19
 @dataclass

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..library.cli import command
-from ..library.flags import PictureFlags
-from ..library.flags import RerankFlags
+from ..library.flags import PictureFlags, RerankFlags
 
 # %% ../../nbs/commands/search.ipynb #db8556e6
 @dataclass

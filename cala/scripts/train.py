@@ -20,8 +20,7 @@ def main(
     from accelerate.state import PartialState
 
     from cala.library.processes import use_cpu_processes
-    from cala.library.run import summarise
-    from cala.library.run import train
+    from cala.library.run import summarise, train
 
     check_workers(recipe.num_workers)
     use_cpu_processes()

@@ -11,8 +11,7 @@ from time import perf_counter
 from typing import Literal
 
 from ..library.cli import command
-from ..library.flags import DataFlags
-from ..library.flags import RerankFlags
+from ..library.flags import DataFlags, RerankFlags
 from ..recipe import CATEGORIES
 
 # %% ../../nbs/commands/validate.ipynb #b4bcae86
@@ -36,9 +35,7 @@ def main(
     flags: Validation,  # every field is a flag
 ) -> dict:  # cala.retrieval.Result by the name of its row
     "Measure a model on the validation split of CIRR, FashionIQ or CIRCO."
-    from cala.library import loading
-    from cala.library import needs
-    from cala.library import results
+    from cala.library import loading, needs, results
     from cala.library.files import lock_output
 
     start = perf_counter()

@@ -15,42 +15,31 @@ from copy import copy
 from pathlib import Path
 from shutil import disk_usage
 from time import perf_counter
-from typing import Any
-from typing import NamedTuple
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
-from torch import distributed
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import Dataset
 
-from ...data import Gallery
-from ...data import Triplets
-from ...encoders import Backbone
-from ...encoders import Embedding
+from ...data import Gallery, Triplets
+from ...encoders import Backbone, Embedding
 from ...errors import CalaError
-from .build import CacheBuild
-from .build import Estimate
-from .build import format_bytes
-from .build import log_once
-from .build import process_index_and_count
-from .files import OTHER_FOLDER
-from .files import Shard
-from .files import describe_cache
-from .files import find_cache
-from .files import fingerprint
-from .files import shard_number
-from .files import shard_paths
-from ..files import FileMark
-from ..files import fingerprint_tensors
-from ..files import make_output_folder
-from ..files import write_atomically
-from ...model import CachedReference
-from ...model import CaLa
+from .build import CacheBuild, Estimate, format_bytes, log_once, process_index_and_count
+from cala.library.cache.files import (
+    OTHER_FOLDER,
+    Shard,
+    describe_cache,
+    find_cache,
+    fingerprint,
+    shard_number,
+    shard_paths,
+)
+from ..files import FileMark, fingerprint_tensors, make_output_folder, write_atomically
+from ...model import CachedReference, CaLa
 from ...progress import show_progress
 from ...retrieval import evaluating
 

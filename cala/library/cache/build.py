@@ -12,36 +12,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
-from torch import nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
+from torch import distributed, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ...data import Gallery
-from ...errors import CalaError
-from ...errors import is_or_are
+from ...errors import CalaError, is_or_are
 from ...progress import show_progress
 from ...retrieval import evaluating
 from ..cli import one_line
-from ..files import FileMark
-from ..files import mark_file
-from .files import OTHER_FOLDER
-from .files import Shard
-from .files import cache_place
-from .files import describe_cache
-from .files import find_cache
-from .files import fingerprint
-from .files import finished_rows
-from .files import save_shard
-from .files import shard_number
-from .files import shard_path
-from .files import shard_rows
-from .files import unfinished_rows
-from .files import write_description
+from ..files import FileMark, mark_file
+from .files import (
+    OTHER_FOLDER,
+    Shard,
+    cache_place,
+    describe_cache,
+    find_cache,
+    fingerprint,
+    finished_rows,
+    save_shard,
+    shard_number,
+    shard_path,
+    shard_rows,
+    unfinished_rows,
+    write_description,
+)
 
 # Pictures and the rows that a module computes from them
 

@@ -11,27 +11,18 @@ checksum of each of its rows.
 import json
 import re
 import time
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from zlib import crc32
 
 import torch
-from safetensors import SafetensorError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ...data import Gallery
-from ...errors import CalaError
-from ...errors import count_things
-from ...errors import is_or_are
-from ..files import FileMark
-from ..files import fingerprint_bytes
-from ..files import fingerprint_tensors
-from ..files import is_unchanged
-from ..files import make_output_folder
-from ..files import write_atomically
+from ...errors import CalaError, count_things, is_or_are
+from ..files import FileMark, fingerprint_bytes, fingerprint_tensors, is_unchanged, make_output_folder, write_atomically
 
 DTYPES = ("float16", "float32")
 SHARD = 64  # pictures in one file

@@ -7,26 +7,15 @@ from typing import NamedTuple
 import pandas as pd
 from accelerate import PartialState
 
-from ...data import FashionIQ
-from ...data import Triplets
+from ...data import FashionIQ, Triplets
 from ...encoders import Backbone
 from ...model import CaLa
-from ...recipe import Recipe
-from ...recipe import split_words
+from ...recipe import Recipe, split_words
 from ...training import open_split
-from ..checkpoint import load_checkpoint
-from ..checkpoint import read_recipe
+from ..checkpoint import load_checkpoint, read_recipe
 from ..run import open_model
-from . import TargetCache
-from . import TargetSide
-from . import TokenCache
-from . import cache_folder
-from . import make_target_side
-from . import trunk_dtype
-from .build import CacheBuild
-from .build import check_disk_space
-from .build import format_bytes
-from .build import format_seconds
+from . import TargetCache, TargetSide, TokenCache, cache_folder, make_target_side, trunk_dtype
+from .build import CacheBuild, check_disk_space, format_bytes, format_seconds
 from .files import fingerprint
 
 

@@ -1,7 +1,6 @@
 """Triplets, rankings and failures as pictures."""
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,18 +8,9 @@ import torch
 from PIL import Image
 
 from ...annotations import Triplet
-from ...data import Gallery
-from ...data import Triplets
+from ...data import Gallery, Triplets
 from ...errors import CalaError
-from .style import BLUE
-from .style import GREY
-from .style import VERMILION
-from .style import Page
-from .style import break_lines
-from .style import make_boxes
-from .style import place_picture
-from .style import place_text
-from .style import style
+from .style import BLUE, GREY, VERMILION, Page, break_lines, make_boxes, place_picture, place_text, style
 
 
 def to_ranks(

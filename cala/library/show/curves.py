@@ -1,9 +1,7 @@
 """Recalls and losses as curves and bars."""
 
 import math
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,10 @@ from ...data import Triplets
 from ...errors import CalaError
 from ...retrieval import recalls
 from .cards import to_ranks
-from .style import DASHES
-from .style import GREY
-from .style import PALETTE
-from .style import Page
-from .style import style
+from .style import DASHES, GREY, PALETTE, Page, style
 
-LOSSES = ("loss", "qtm", "tbia", "ctr")  # columns of a log
+TERMS = ("qtm", "tbia", "ctr")  # columns of a log beside the total, `loss`
+NO_LOSSES = ("epoch", "step", "learning_rate")  # the other columns of a log
 PANELS_A_ROW = 4
 
 
@@ -58,19 +53,29 @@ def read_log(
     return pd.read_csv(log)
 
 
+def list_losses(
+    columns: Iterable[str],  # of a log, or of a table of metrics, which has no losses
+) -> list[str]:
+    "The columns that are losses, the total first; a model of your own may have more terms than three."
+    names = list(columns)
+    if "loss" not in names:
+        return [name for name in names if name in TERMS]
+    return [name for name in names if name not in NO_LOSSES and "recall_at" not in name]
+
+
 def name_column(
     column: str,  # of a log
 ) -> str:
     "The name of a column in a figure: R@5 for recall_at5, Rs@1 for group_recall_at1, TBIA for tbia."
-    if column in LOSSES[1:]:
+    if column in TERMS:
         return column.upper()
     return column.replace("group_recall_at", "Rs@").replace("recall_at", "R@").replace("_", " ")
 
 
-def _title_panel(column: str, several_runs: bool) -> str:
+def _title_panel(column: str, several_runs: bool, losses: list[str]) -> str:
     "The panel that a column of a log belongs to."
     name = name_column(column)
-    if column in LOSSES[1:]:
+    if column in losses and column != "loss":
         return f"{name} loss"
     if "recall_at" not in column:
         return name
@@ -90,13 +95,14 @@ def _read_values(log: pd.DataFrame, column: str) -> pd.Series:
 
 def _plan_panels(runs: dict[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
     "Title of each panel -> label -> line. Recalls of a single run share a panel; every other column has its own."
+    losses = [column for log in runs.values() for column in list_losses(log)]
     recall_columns = [column for log in runs.values() for column in log if "recall_at" in column]
     panels = {}
-    for column in dict.fromkeys([*LOSSES, "learning_rate", *recall_columns]):
+    for column in dict.fromkeys([*losses, "learning_rate", *recall_columns]):
         for run, log in runs.items():
             if column in log and log[column].notna().any():  # a run with QTM alone logs its other terms as NaN
                 label = run if len(runs) > 1 else name_column(column)
-                panels.setdefault(_title_panel(column, len(runs) > 1), {})[label] = _read_values(log, column)
+                panels.setdefault(_title_panel(column, len(runs) > 1, losses), {})[label] = _read_values(log, column)
     return panels
 
 

@@ -1,8 +1,7 @@
 """A training run while it trains: curves in a notebook, lines of text in a terminal."""
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from time import monotonic
@@ -12,15 +11,9 @@ import ipywidgets
 from ...data import Triplets
 from ...model import CaLa
 from .cards import draw_rankings
-from .curves import LOSSES
-from .curves import loss_curves
-from .curves import name_column
-from .curves import read_log
-from .style import Page
-from .style import write_page
-from .widgets import Movable
-from .widgets import QueryExplorer
-from .widgets import html_image
+from .curves import list_losses, loss_curves, name_column, read_log
+from .style import Page, write_page
+from .widgets import Movable, QueryExplorer, html_image
 
 
 class TrainingPanel(Movable):
@@ -45,7 +38,7 @@ class TrainingPanel(Movable):
         for row in self.rows[-1:]:
             if "step" in row:
                 parts.append(f"step {row['step']:.0f}" + (f" of {self.steps}" if self.steps else ""))
-            losses = {column: row[column] for column in LOSSES if math.isfinite(row.get(column, math.nan))}
+            losses = {column: row[column] for column in list_losses(row) if math.isfinite(row.get(column, math.nan))}
             parts += [f"{name_column(column)} {loss:.3g}" for column, loss in losses.items()]
         for row in self.validations[-1:]:
             recalls = {name_column(column): value for column, value in row.items()}

@@ -6,8 +6,7 @@ it is first shown; a front end without widgets (a web page, a PDF) shows the fig
 
 from base64 import b64encode
 from collections.abc import Callable
-from functools import cached_property
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from io import BytesIO
 from typing import Any
@@ -17,29 +16,15 @@ import torch
 from torch import Tensor
 
 from ...contrast import association_logits
-from ...data import Gallery
-from ...data import Triplets
+from ...data import Gallery, Triplets
 from ...encoders import Embedding
 from ...errors import CalaError
-from ...model import CaLa
-from ...model import Encoded
+from ...model import CaLa, Encoded
 from ...objectives import released
 from ...rerank import Reranker
-from ...retrieval import evaluating
-from ...retrieval import load_batches
-from ...retrieval import rank_table
-from ...retrieval import sections
-from .cards import Ranking
-from .cards import draw_rankings
-from .cards import join_captions
-from .cards import show_triplets
-from .style import BLUE
-from .style import GREY
-from .style import VERMILION
-from .style import Page
-from .style import notebook_output
-from .style import small_png
-from .style import write_page
+from ...retrieval import evaluating, load_batches, rank_table, sections
+from .cards import Ranking, draw_rankings, join_captions, show_triplets
+from .style import BLUE, GREY, VERMILION, Page, notebook_output, small_png, write_page
 
 
 class Movable:

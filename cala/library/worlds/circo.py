@@ -11,18 +11,18 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from .files import check_numbers
-from .files import draw_once
-from .files import write_json
-from .scenes import COLOURS
-from .scenes import EDIT_KINDS
-from .scenes import Edit
-from .scenes import Thing
-from .scenes import difference
-from .scenes import edit_scene
-from .scenes import name_thing
-from .scenes import random_scene
-from .scenes import scene_picture
+from .files import check_numbers, draw_once, write_json
+from cala.library.worlds.scenes import (
+    COLOURS,
+    EDIT_KINDS,
+    Edit,
+    Thing,
+    difference,
+    edit_scene,
+    name_thing,
+    random_scene,
+    scene_picture,
+)
 
 # %% ../../../nbs/library/worlds/circo.ipynb #3c12d84d
 class OpenEdit(NamedTuple):

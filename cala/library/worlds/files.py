@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CalaError
-from ..files import check_output_folder
-from ..files import lock_folder
+from ..files import check_output_folder, lock_folder
 
 FINISHED = "drawn/world.json"
 UNFINISHED = "drawn/unfinished.json"

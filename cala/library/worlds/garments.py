@@ -13,17 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from PIL import Image
-from PIL import ImageChops
-from PIL import ImageDraw
-from PIL import ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .files import check_number
-from .files import check_numbers
-from .files import draw_once
-from .files import write_json
-from .scenes import OUTLINES
-from .scenes import changes
+from .files import check_number, check_numbers, draw_once, write_json
+from .scenes import OUTLINES, changes
 from ...progress import show_progress
 
 # %% ../../../nbs/library/worlds/garments.ipynb #f2f71364

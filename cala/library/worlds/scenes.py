@@ -11,20 +11,15 @@ __all__ = ['SHAPES', 'SIZES', 'COLOURS', 'PLACES', 'OUTLINES', 'RADII', 'EDIT_KI
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import combinations
-from itertools import pairwise
+from itertools import combinations, pairwise
 from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from PIL import Image
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
-from .files import check_number
-from .files import check_numbers
-from .files import draw_once
-from .files import write_json
+from .files import check_number, check_numbers, draw_once, write_json
 from ...progress import show_progress
 
 # %% ../../../nbs/library/worlds/scenes.ipynb #2ab1fce5
