@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from .errors import CalaError
 
@@ -143,6 +143,8 @@ class KeepRecipe:
 @dataclass
 class Recipe(KeepRecipe, LoopRecipe, ModelRecipe, DataRecipe):
     "How to train CaLa; every field is a flag of `cala-train`."
+
+    given: ClassVar[frozenset | None] = None  # names of the fields that a command line gave; None: made in Python
 
     def __post_init__(self):
         self.categories = split_words(self.categories)

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -466,7 +466,7 @@ def spell_command(
     "A recipe as a command line, without the fields that say where something lies."
     defaults = Recipe()
     words = ["cala-train"]
-    for name, value in vars(recipe).items():
+    for name, value in asdict(recipe).items():
         is_default = value == getattr(defaults, name) and name not in always
         if value is None or name in PLACES or is_default:
             continue

@@ -81,8 +81,9 @@ def parse_flags(
         for name, value in vars(typed).items()
     }
     if isinstance(config, type):
-        flags = config(**values)
-        flags.given = frozenset(values)  # names of the fields that the command line gave
+        flags: Any = config(**values)
+        if hasattr(config, "given"):
+            flags.given = frozenset(values)
         return flags
     return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}
 

@@ -107,10 +107,9 @@ def continue_recipe(
     recipe: Recipe,  # of the run that goes on
 ) -> Recipe:
     "The recipe of a resumed run: a flag that the command line did not give is as in the checkpoint."
-    given = getattr(recipe, "given", None)
-    if given is None:
+    if recipe.given is None:
         return recipe if recipe.max_epoch is not None else replace(recipe, max_epoch=saved["max_epoch"])
-    own = {*given, "recipe", "resume", "output"}
+    own = {*recipe.given, "recipe", "resume", "output"}
     kept = {each.name: saved[each.name] for each in fields(Recipe) if each.name in saved and each.name not in own}
     return replace(recipe, **kept)
 

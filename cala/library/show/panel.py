@@ -49,7 +49,11 @@ class TrainingPanel(Movable):
 
     def figure(self) -> Page:
         "The curves so far."
-        rows = self.rows + self.validations
+        recalls = [
+            {name: value for name, value in row.items() if name == "epoch" or "recall_at" in name}
+            for row in self.validations
+        ]
+        rows = self.rows + recalls
         return loss_curves(rows) if rows else write_page(self.line())
 
     def build_widget(self) -> ipywidgets.VBox:
