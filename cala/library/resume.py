@@ -110,8 +110,8 @@ def continue_recipe(
     if recipe.given is None:
         return recipe if recipe.max_epoch is not None else replace(recipe, max_epoch=saved["max_epoch"])
     own = {*recipe.given, "recipe", "resume", "output"}
-    kept = {each.name: saved[each.name] for each in fields(Recipe) if each.name in saved and each.name not in own}
-    return replace(recipe, **kept)
+    others = {each.name: saved[each.name] for each in fields(Recipe) if each.name in saved and each.name not in own}
+    return replace(recipe, **others)
 
 # %% ../../nbs/library/resume.ipynb #7f0efe3e
 class Resume(Callback):
