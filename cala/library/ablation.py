@@ -52,7 +52,7 @@ from ..training import Callback, Learner, make_model, open_split
 
 # %% ../../nbs/library/ablation.ipynb #3042221b
 QTM_ALONE = dict(objective="paper", alpha=0.0, beta=0.0)
-SCALES = (100, 55, 20, 10, 6, 3)
+SCALES = (100, 55, 20, 10, 6, 3, 2)
 BEST_SCALE = 6.0  # of `SCALES`, in most settings
 BASELINE = "QTM at scale 6"
 

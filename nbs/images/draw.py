@@ -4,6 +4,8 @@
 would write, and exits with 1 if one differs.
 """
 
+import csv
+import math
 import re
 import sys
 from contextlib import contextmanager
@@ -1236,6 +1238,76 @@ def draw_wing(figure: Figure, x: float, width: float, name: str, notebooks: str,
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# The logit scale: recall of the committed rows of cala-ablation
+# ------------------------------------------------------------------------------------------------------------------
+
+ROWS = HERE.parent / "tutorials/ablation/rows.csv"
+PLOT = Box(0, 100, 330, 186)  # place and size of the curves in a panel
+LOWEST, HIGHEST = 20, 100  # percent, of the vertical axis
+
+
+def read_scales(
+    world: str,  # of the ablation
+    column: str,  # of its rows
+) -> dict:  # scale -> recall in percent, the mean over the first five seeds
+    "Recall of QTM alone at every fixed scale, in the setting `standard`."
+    values = {}
+    with open(ROWS, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            scale = re.fullmatch(r"QTM at scale (\d+)", row["arm"])
+            if scale and (row["setting"], row["world"]) == ("standard", world) and int(row["seed"]) < 5:
+                values.setdefault(int(scale[1]), []).append(float(row[column]))
+    return {scale: sum(recalls) / len(recalls) for scale, recalls in sorted(values.items())}
+
+
+def draw_scale() -> Figure:
+    "Recall against the logit scale, on two drawn worlds."
+    figure = Figure(
+        880,
+        352,
+        "Recall and the logit scale",
+        "Two panels. R@1 and Rs@1 of QTM alone on the drawn CIRR world, and its R@1 and R@10 on the drawn FashionIQ "
+        "world, are highest near a logit scale of 6 and fall towards 100.",
+    )
+    figure.heading("Recall of QTM alone at several logit scales", "Drawn data, no association; the mean of five seeds.")
+    on_cirr = {"R@1": ("r", "kept_recall_at1"), "Rs@1": ("c", "kept_group_recall_at1")}
+    draw_curves(figure, 70, "CIRR world", "cirr", on_cirr)
+    on_fashioniq = {"R@1": ("r", "kept_recall_at1"), "R@10": ("t", "kept_recall_at10")}
+    draw_curves(figure, 500, "FashionIQ world", "fashioniq", on_fashioniq)
+    return figure
+
+
+def draw_curves(
+    figure: Figure,
+    left: float,  # px
+    title: str,
+    world: str,  # of the ablation
+    curves: dict,  # name -> (look, column of the rows)
+):
+    "A panel: recall in percent against the logit scale, on a logarithmic axis."
+
+    def place(scale, recall):
+        share = math.log(scale / 2) / math.log(100 / 2)
+        return left + share * PLOT.width, PLOT.bottom - (recall - LOWEST) / (HIGHEST - LOWEST) * PLOT.height
+
+    figure.text(left + PLOT.width / 2, PLOT.y - 14, title, 15, bold=True)
+    for percent in range(LOWEST, HIGHEST + 1, 20):
+        figure.path(place(2, percent), place(100, percent), heads="none", stroke=0.6)
+        figure.text(left - 10, place(2, percent)[1], f"{percent}", 13, "end", muted=True)
+    points = {}
+    for name, (look, column) in curves.items():
+        points = read_scales(world, column)
+        corners = [place(scale, recall) for scale, recall in points.items()]
+        figure.path(*corners, look=look, heads="none", stroke=2.4, radius=0.1)
+        for x, y in corners:
+            figure.dot(x, y, look)
+        figure.text(corners[-1][0] + 2, corners[-1][1] - 14, name, 14, "end", bold=True)
+    for scale in points:
+        figure.text(place(scale, LOWEST)[0], PLOT.bottom + 16, f"{scale}", 13, muted=True)
+    figure.text(left + PLOT.width / 2, PLOT.bottom + 40, "logit scale", 14)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # All figures
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1252,6 +1324,7 @@ def all_figures() -> dict:  # file name -> Figure
         "cache.svg": draw_cache(),
         "run_states.svg": draw_run_states(),
         "wings.svg": draw_wings(),
+        "scale.svg": draw_scale(),
     }
 
 
