@@ -88,15 +88,15 @@ MUTANTS = [
     Mutant(
         "ranking: R@k is R@(k-1)",
         "retrieval",
-        "(k + 1 - ranks).double() / orders",
-        "(k - ranks).double() / orders",
+        "(k + 1 - ranks).double() / places",
+        "(k - ranks).double() / places",
         "tests/test_retrieval.py -k sorting_names",
     ),
     Mutant(
         "ranking: a tie counts for the target",
         "retrieval",
-        "orders = 1 if ties is None else ties + 1",
-        "orders = 1",
+        "places = 1 if ties is None else ties + 1",
+        "places = 1",
         "tests/test_retrieval.py -k collapsed_model_reaches",
     ),
     Mutant(
