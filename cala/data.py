@@ -335,8 +335,7 @@ class FashionIQ(Triplets):
         keep: bool = False,  # keep pixels in memory
         allow_missing: bool = False,  # go on without pictures that are missing
         seed: int = 0,  # random seed of the texts in training
-        text_form: str
-        | None = None,  # one of TEXT_FORMS; None: chosen at random in the split train, both in the others
+        text_form: str | None = None,  # one of TEXT_FORMS; None: random in the split train, both in the others
         **options: Any,  # gallery_of and follow_links of `Triplets`
     ):
         self.categories, self.protocol = parse_categories(categories), protocol

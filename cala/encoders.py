@@ -525,9 +525,8 @@ def _draw_batches(pictures, batch_size, neighbours, num_workers, seed) -> Iterat
             f"{len(pictures)} captioned pictures do not fill a batch of {batch_size}; draw more or lower the batch size"
         )
     while True:
-        order = shuffled_blocks(
-            len(pictures), neighbours, seed + 7919 * pictures.epoch
-        )  # 7919: seeds of near runs never meet
+        # A large factor, so that the epochs of runs with other seeds have other orders.
+        order = shuffled_blocks(len(pictures), neighbours, seed + 7919 * pictures.epoch)
         yield from DataLoader(pictures, batch_size, sampler=order, drop_last=True, num_workers=num_workers)
         pictures.epoch += 1
 

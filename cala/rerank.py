@@ -93,8 +93,9 @@ class Reranker:
         groups: Tensor | None,  # (q, 6) gallery positions
     ) -> Ranks:
         "Ranks of some queries: by QTM, and by the second scores where the target is a candidate."
-        bar = check_bar(pick_scores(check_scores(z_qtm), targets[:, None]))
+        bar = pick_scores(z_qtm, targets[:, None])
         higher, ties = count_rivals(z_qtm, bar, targets, exclude)
+        check_bar(bar)
         if exclude is not None:
             z_qtm = z_qtm.scatter(1, exclude[:, None], -torch.inf)
         candidates = z_qtm.topk(min(self.candidates, z_qtm.shape[1])).indices
@@ -121,10 +122,9 @@ class Reranker:
     ) -> Ranks:  # on the CPU
         "`cala.retrieval.rank_queries`, with the best candidates ranked again."
         check_groups(targets, exclude, groups)
-        count, dim = min(self.candidates, len(gallery)), gallery.shape[1]
-        rows = max(
-            1, held // max(1, len(gallery), 8 * count * dim)
-        )  # features d, hidden layer 2 d before and after GELU
+        # The compositor computes about 8 d numbers for a candidate: its features, and layers of width 2 d.
+        for_candidates = 8 * gallery.shape[1] * min(self.candidates, len(gallery))
+        rows = max(1, held // max(1, len(gallery), for_candidates))
         parts = []
         with evaluating(self.model):
             for queries in torch.arange(len(reference)).split(rows):

@@ -80,12 +80,11 @@ def pick_scores(
 
 def check_bar(
     bar: Tensor,  # (Q, 1) scores of the targets
-) -> Tensor:  # the same
+):
     "Raise `CalaError` if a target has no score."
-    if bar.isnan().any():
-        query = int(bar.isnan().any(1).nonzero()[0])
-        raise CalaError(f"the target of query {query} is not in the gallery; check the positions of the targets")
-    return bar
+    missing = int(bar.isnan().sum())
+    if missing:
+        raise CalaError(f"{missing} of {len(bar)} targets are not in the gallery; check their positions")
 
 
 def count_rivals(
@@ -112,8 +111,9 @@ def target_ranks(
 ) -> Tensor:  # (Q,) long, 1 = first
     "The rank of each target: one more than the number of scores strictly above its own. NaN raises `CalaError`."
     targets, exclude = check_positions(scores, targets, exclude)
-    bar = check_bar(pick_scores(check_scores(scores), targets[:, None]))
+    bar = pick_scores(scores, targets[:, None])
     higher, _ = count_rivals(scores, bar, targets, exclude)
+    check_bar(bar)
     return higher + 1
 
 # %% ../nbs/method/09_retrieval.ipynb #13f61c7a
@@ -179,13 +179,13 @@ def rank_tiles(
     groups: Tensor | None = None,  # (Q, 6) gallery positions
 ) -> Ranks:
     "Ranks of the targets, from a table of scores that comes in tiles."
-    check_bar(bar)
     check_groups(targets, exclude, groups)
     counts = torch.zeros(4, len(targets), dtype=torch.long, device=bar.device)  # higher, ties, and both in the group
     for first, scores in tiles:
         counts[:2] += torch.stack(count_rivals(scores, bar, targets, exclude, first))
         if groups is not None and exclude is not None:
             counts[2:] += torch.stack(count_group_rivals(scores, bar, targets, exclude, groups, first))
+    check_bar(bar)  # after the scores, so that NaN among them is not taken for a missing target
     higher, ties, group_higher, group_ties = counts
     if groups is None:
         return Ranks(higher + 1, ties)
@@ -200,7 +200,7 @@ def rank_table(
 ) -> Ranks:
     "Ranks of the targets, from the whole table of scores."
     targets, exclude, groups = check_positions(scores, targets, exclude, groups)
-    bar = pick_scores(check_scores(scores), targets[:, None])
+    bar = pick_scores(scores, targets[:, None])
     return rank_tiles([(0, scores)], bar, targets, exclude, groups)
 
 
@@ -371,9 +371,7 @@ def embed_pictures(
     batches: Iterable[Tensor],  # of all pictures
     references: Tensor,  # (R,) positions whose tokens are needed again, sorted
     keep: int,  # bytes that these tokens may take
-) -> tuple[
-    Tensor, Tensor | None
-]:  # features of all pictures; tokens of the references on the CPU, or None if they take more
+) -> tuple[Tensor, Tensor | None]:  # features of all; tokens of the references on the CPU, None if they are too large
     "The gallery pass."
     features, reference_tokens, first = [], None, 0
     for batch in batches:

@@ -82,7 +82,7 @@ def parse_flags(
     }
     if isinstance(config, type):
         flags: Any = config(**values)
-        if hasattr(config, "given"):
+        if hasattr(config, "given"):  # such as `Recipe`, whose run is resumed with flags that were not given
             flags.given = frozenset(values)
         return flags
     return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}

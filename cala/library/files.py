@@ -272,10 +272,8 @@ def lock_folder(
     """Let one process at a time work in a folder; `CalaError` for the second one.
 
     The lock of a killed process is free at once. A file system without locks promises nothing, and the work goes on."""
-    from filelock import (
-        FileLock,  # here: its import takes longer than that of the rest of this module
-        Timeout,
-    )
+    # Imported here, because this takes longer than the import of the rest of this module.
+    from filelock import FileLock, Timeout
 
     new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_output_folder(folder, "name another folder")
